@@ -1,6 +1,8 @@
-"""LangChain's ChatOpenAI asks an endpoint: `python langchain_client.py URL MODEL IMAGE`."""
+"""ChatOpenAI of LangChain asks an endpoint with the key in VILA_API_KEY: `langchain_client.py URL MODEL IMAGE`."""
 
+import os
 import sys
+from typing import Any
 
 import openai
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -8,10 +10,27 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 url, model, image = sys.argv[1:]
-own = {"model": model, "base_url": f"{url}/v1", "api_key": "none", "max_retries": 0, "temperature": 0}
-chat = ChatOpenAI(**own, max_tokens=6)
+own: dict[str, Any] = {
+    "model": model,
+    "base_url": f"{url}/v1",
+    "api_key": os.environ["VILA_API_KEY"],
+    "max_retries": 0,
+    "temperature": 0,
+    "max_tokens": 6,
+}
+chat = ChatOpenAI(**own)
 shown = HumanMessage([{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is this?"}])
 turns = [SystemMessage("Be brief."), shown]
+
+
+def refusal(kind: type[openai.APIStatusError], **changes: Any) -> openai.APIStatusError:
+    """The client's error for a request that is refused."""
+    try:
+        ChatOpenAI(**{**own, **changes}).invoke(turns)
+    except kind as error:
+        return error
+    raise AssertionError(f"a request with {changes} was answered")
+
 
 whole = chat.invoke(turns)
 assert isinstance(whole, AIMessage)
@@ -30,12 +49,22 @@ class Answer(BaseModel):
     sure: bool
 
 
-bound = ChatOpenAI(**own, max_tokens=32).with_structured_output(Answer, method="json_schema").invoke(turns)
+bound = ChatOpenAI(**{**own, "max_tokens": 32}).with_structured_output(Answer, method="json_schema").invoke(turns)
 assert isinstance(bound, Answer)
 
-try:
-    chat.bind(temperature=9).invoke(turns)
-except openai.BadRequestError as error:
-    assert error.param == "temperature"
-else:
-    raise AssertionError("temperature 9 was taken")
+drawn = {**own, "n": 2, "temperature": 1, "logprobs": True, "top_logprobs": 2}
+without_effect = {"service_tier": "default", "model_kwargs": {"parallel_tool_calls": False}}
+once, again, other = (
+    ChatOpenAI(**drawn, **without_effect, seed=seed).generate([turns]).generations[0] for seed in (7, 7, 8)
+)
+assert len(once) == 2
+for choice in once:
+    tokens = choice.generation_info["logprobs"]["content"]
+    assert tokens
+    assert all(one["logprob"] <= 0 and len(one["top_logprobs"]) == 2 for one in tokens)
+texts = [[choice.text for choice in answer] for answer in (once, again, other)]
+assert texts[0] == texts[1] != texts[2]
+
+assert refusal(openai.BadRequestError, temperature=9).param == "temperature"
+assert refusal(openai.BadRequestError, service_tier="flex").param == "service_tier"
+assert refusal(openai.AuthenticationError, api_key="none").status_code == 401

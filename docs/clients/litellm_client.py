@@ -1,14 +1,32 @@
-"""litellm asks an endpoint: `python litellm_client.py URL MODEL IMAGE`."""
+"""litellm asks an endpoint with the key in VILA_API_KEY: `python litellm_client.py URL MODEL IMAGE`."""
 
 import json
+import os
 import sys
+from typing import Any
 
 import litellm
 
 url, model, image = sys.argv[1:]
-own = {"model": f"openai/{model}", "api_base": f"{url}/v1", "api_key": "none", "num_retries": 0, "max_tokens": 6}
+own = {
+    "model": f"openai/{model}",
+    "api_base": f"{url}/v1",
+    "api_key": os.environ["VILA_API_KEY"],
+    "num_retries": 0,
+    "max_tokens": 6,
+}
 parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is this?"}]
 asked = {**own, "messages": [{"role": "user", "content": parts}]}
+
+
+def refusal(kind: type[Exception], **changes: Any) -> str:
+    """What the client's error says of a request that is refused."""
+    try:
+        litellm.completion(**{**asked, **changes})
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"a request with {changes} was answered")
+
 
 whole = litellm.completion(**asked)
 assert whole.usage.completion_tokens <= 6
@@ -28,9 +46,16 @@ form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schem
 bound = litellm.completion(**{**asked, "max_tokens": 32}, response_format=form)
 assert isinstance(json.loads(bound.choices[0].message.content)["a"], bool)
 
-try:
-    litellm.completion(**{**own, "messages": []})
-except litellm.BadRequestError as error:
-    assert "messages" in str(error)
-else:
-    raise AssertionError("a request without messages was answered")
+drawn = {**asked, "n": 2, "temperature": 1, "logprobs": True, "top_logprobs": 2}
+without_effect = {"parallel_tool_calls": False, "service_tier": "default"}
+once, again, other = (litellm.completion(**drawn, **without_effect, seed=seed) for seed in (7, 7, 8))
+assert len(once.choices) == 2
+for choice in once.choices:
+    assert choice.logprobs.content
+    assert all(one.logprob <= 0 and len(one.top_logprobs) == 2 for one in choice.logprobs.content)
+texts = [[choice.message.content for choice in answer.choices] for answer in (once, again, other)]
+assert texts[0] == texts[1] != texts[2]
+
+assert "messages" in refusal(litellm.BadRequestError, messages=[])
+assert "service_tier" in refusal(litellm.BadRequestError, service_tier="flex")
+assert refusal(litellm.AuthenticationError, api_key="none")
