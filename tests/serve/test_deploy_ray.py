@@ -30,7 +30,7 @@ from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
 from vila_ops.config.resources import ServeResources, StorageResources
-from vila_ops.config.serve import Access
+from vila_ops.config.serve import Access, Samples
 from vila_ops.generate.load import tokenizer_of
 from vila_ops.registry.alias_register import move
 from vila_ops.serve.app.keys import revoke_key
@@ -64,7 +64,8 @@ def resources(
     ray_cluster: str, keys: Path, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Resources:
     """Resources of a cluster of this test."""
-    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1, access=Access(key_file=str(keys)))
+    access, samples = Access(key_file=str(keys)), Samples(share=1)
+    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1, access=access, samples=samples)
     storage = StorageResources(store=str(tmp_path_factory.mktemp("ray")))
     return Resources(launch="ray", ray_address=ray_cluster, device="cpu", serve=own, storage=storage)
 

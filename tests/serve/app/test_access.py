@@ -14,7 +14,7 @@ from tests.serve.app.live import HELLO, MODEL, ScriptedEngine, client_of, endpoi
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cli import app
 from vila_ops.config.resources import ServeResources
-from vila_ops.config.serve import RequestLimits
+from vila_ops.config.serve import RequestLimits, Samples
 from vila_ops.errors import CorruptArtifact
 from vila_ops.generate.request import Delta
 from vila_ops.serve.app.admission import Admission
@@ -26,9 +26,11 @@ from vila_ops.serve.credentials import KEY_VARIABLE, check_key
 from vila_ops.serve.page.files import PATHS
 
 CHAT = {"model": MODEL, "messages": HELLO}
+RATING = {"id": f"chatcmpl-0-{'0' * 32}", "rating": "good"}
 ROUTES = [
     ("GET", "/v1/models"), ("GET", f"/v1/models/{MODEL}"), ("POST", "/v1/chat/completions"), ("POST", "/v1/responses"),
-    ("GET", "/v1/nothing"), ("GET", "/version"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "//"),
+    ("POST", "/v1/feedback"), ("GET", "/v1/feedback"), ("GET", "/v1/nothing"), ("GET", "/version"),
+    ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "//"),
     ("GET", "/metrics/"), ("GET", "//metrics"), ("GET", "/%6detrics"), ("GET", "/-/routes"),
     ("PUT", "/v1/models"),
 ]  # fmt: skip
@@ -60,14 +62,16 @@ def url(
     scripted.script = [Delta(scripted.tokenizer.text_ids("Hi"), "stop")]
     made(keys)
     access = {"key_file": str(keys), "audit": str(tmp_path / "audit")}
-    with endpoint(versions[0], scripted, access=access) as url:
+    samples = Samples(share=1, place=str(tmp_path / "samples"))
+    with endpoint(versions[0], scripted, access=access, samples=samples) as url:
         yield url
 
 
 def status(url: str, method: str, path: str, key: str | None) -> int:
     """The status of a request with a key."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return http().request(method, url + path, headers=headers, json=CHAT if method == "POST" else None).status_code
+    body = RATING if path.endswith("/v1/feedback") else CHAT
+    return http().request(method, url + path, headers=headers, json=body if method == "POST" else None).status_code
 
 
 def test_every_route_wants_a_valid_key_of_its_scope(url: str, keys: Path) -> None:

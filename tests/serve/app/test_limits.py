@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,12 +24,16 @@ from hypothesis import strategies as st
 
 from tests.data.download.test_address import forms
 from tests.serve.app.live import HELLO, MODEL, SERVICE, ScriptedEngine, endpoint, http, image_part, png, wait_until
+from tests.serve.app.test_access import made
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.generate.request import Delta
+from vila_ops.serve.app import chat
+from vila_ops.serve.app.keys import KeyLimits
 from vila_ops.serve.backends import http_protocol
 
 Versions = tuple[ModelVersion, ModelVersion]
 CHAT: dict[str, Any] = {"model": MODEL, "messages": HELLO}
+AS_JSON: dict[str, Any] = {**CHAT, "response_format": {"type": "json_object"}}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,56 @@ def test_a_full_queue_is_429_with_the_time_to_wait(versions: Versions, scripted:
         wait_until(lambda: scripted.running == 0)
         scripted.script = [Delta([], "stop")]
         wait_until(lambda: client.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200)
+
+
+@pytest.fixture
+def held_grammar(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Set when a schema is being checked; until the second is set, the check does not end."""
+    checking, end = threading.Event(), threading.Event()
+
+    def held_up(_: str) -> None:
+        checking.set()
+        end.wait(60)
+
+    monkeypatch.setattr(chat, "grammar_of", held_up)
+    yield checking, end
+    end.set()
+
+
+def test_a_request_has_its_places_while_its_schema_is_checked(
+    versions: Versions, engine: ScriptedEngine, held_grammar: tuple[threading.Event, threading.Event]
+) -> None:
+    checking, end = held_grammar
+    with endpoint(versions[0], engine, limits={"max_waiting": 0}) as url, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(http().post, f"{url}/v1/chat/completions", json={**AS_JSON, "n": 4})
+        assert checking.wait(60)
+        refused = http().post(f"{url}/v1/chat/completions", json=CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        end.set()
+        assert asked.result().status_code == 200
+        assert http().post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_the_check_of_a_schema_ends_with_the_time_of_its_request(
+    versions: Versions, engine: ScriptedEngine, held_grammar: tuple[threading.Event, threading.Event]
+) -> None:
+    service = SERVICE.with_changes({"request_timeout_seconds": 0.2})
+    with endpoint(versions[0], engine, service=service) as url:
+        answer = http().post(f"{url}/v1/chat/completions", json=AS_JSON)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        held_grammar[1].set()
+
+
+def test_a_schema_that_is_refused_counts_as_a_request(
+    versions: Versions, engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {made(keys, limits=KeyLimits(requests_per_minute=1))}"}
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}
+    with endpoint(versions[0], engine, access={"key_file": str(keys)}) as url:
+        bodies = [{**CHAT, "response_format": wrong}, CHAT]
+        answers = [http().post(f"{url}/v1/chat/completions", json=body, headers=headers) for body in bodies]
+    assert [answer.status_code for answer in answers] == [400, 429]
 
 
 def bomb(side: int) -> bytes:

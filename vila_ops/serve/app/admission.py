@@ -104,6 +104,17 @@ class _Usage:
         self.requests = _bucket(self.requests, key.requests_per_minute)
         self.tokens = _bucket(self.tokens, key.tokens_per_minute)
 
+    def check_requests(self) -> None:
+        """Raise ApiError 429 if there is no request left."""
+        if self.requests and (wait := self.requests.wait_seconds(1)):
+            text = f"this key may send {self.requests.limit} requests a minute; wait for Retry-After"
+            raise overloaded(text, code="rate_limit_exceeded", wait_seconds=wait)
+
+    def take_request(self) -> None:
+        """Count a request."""
+        if self.requests:
+            self.requests.take(1)
+
 
 def _bucket(bucket: Bucket | None, per_minute: int | None) -> Bucket | None:
     if per_minute is None or (bucket and bucket.limit == per_minute):
@@ -149,9 +160,8 @@ class Admission:
     def admit(self, key: ApiKey | None, *, answers: int) -> Ticket:
         """Take places for a request. Raises ApiError 429 with the time after which to try again."""
         usage = self._usage_of(key) if key else None
-        if usage and usage.requests and (wait := usage.requests.wait_seconds(1)):
-            text = f"this key may send {usage.requests.limit} requests a minute; wait for Retry-After"
-            raise overloaded(text, code="rate_limit_exceeded", wait_seconds=wait)
+        if usage:
+            usage.check_requests()
         if usage and (most := usage.key.max_concurrent) and usage.running + answers > most:
             text = f"this key may have {most} answers under way; wait until one has ended"
             raise overloaded(text, code="rate_limit_exceeded", wait_seconds=1)
@@ -161,10 +171,17 @@ class Admission:
         if usage and usage.running + answers > OTHERS_FREE * (self._most - self._running):
             text = f"this key has {usage.running} answers under way, and what is free is for others; wait for one"
             raise overloaded(text, code="queue_full", wait_seconds=1)
-        if usage and usage.requests:
-            usage.requests.take(1)
+        if usage:
+            usage.take_request()
         self._count(usage, answers)
         return Ticket(answers, lambda: self._count(usage, -answers), lambda tokens: _charge(usage, tokens))
+
+    def count(self, key: ApiKey | None) -> None:
+        """Count a request without an answer. Raises ApiError 429 with the time after which to try again."""
+        if key:
+            usage = self._usage_of(key)
+            usage.check_requests()
+            usage.take_request()
 
     def headers(self, key: ApiKey | None) -> dict[str, str]:
         """The limits of a key and what is left of them, as OpenAI's API names them."""

@@ -29,12 +29,14 @@ from vila_ops.serve.spec import Spec
 class Chat:
     """Answers chat requests. For one event loop."""
 
-    def __init__(self, spec: Spec, engine: Engine, media: Media, metrics: Metrics, samples: SampleStore | None) -> None:
-        self._samples = samples
+    def __init__(
+        self, spec: Spec, engine: Engine, media: Media, metrics: Metrics, admission: Admission,
+        samples: SampleStore | None,
+    ) -> None:  # fmt: skip
+        self._admission, self._samples = admission, samples
         self._spec, self._engine, self._metrics = spec, engine, metrics
-        capacity, service = spec.capacity, spec.service
-        self._uploads = Uploads(capacity.limits, metrics, max_body_bytes=service.max_body_bytes)
-        self._admission = Admission(capacity.limits, metrics, max_batch=capacity.max_batch)
+        service = spec.service
+        self._uploads = Uploads(spec.capacity.limits, metrics, max_body_bytes=service.max_body_bytes)
         self._prompts = PromptBuilder(service, engine, media, metrics)
         self._salt = secrets.token_bytes(32)
 
@@ -42,8 +44,6 @@ class Chat:
         """The response. Raises ApiError for a request that is refused or times out, and ClientGone."""
         body = await self._uploads.read(request)
         chat = await in_thread_if_long(len(body), self._read, body)
-        if (schema := chat.json_schema()) is not None:
-            await asyncio.to_thread(_check_grammar, schema)
         ticket = self._admission.admit(caller.key, answers=chat.n or 1)
         try:
             answer = await unless_gone(disconnected(request.receive), self._prepare(chat, caller, ticket))
@@ -76,9 +76,11 @@ class Chat:
         seconds = self._spec.service.request_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
+                if chat.response_format is not None:
+                    await asyncio.to_thread(_check_grammar, chat)
                 prompt = await self._prompts.build(chat, cache_salt=self._salt_of(caller))
         except TimeoutError:
-            text = f"the images were not read within {seconds:g} seconds; try again, or send fewer"
+            text = f"the request was not read within {seconds:g} seconds; try again, or send fewer images"
             raise ApiError(504, text, code="timeout") from None
         most = self._max_new_tokens(chat, prompt)
         ticket.charge(len(prompt.input_ids) + most * ticket.answers)
@@ -149,9 +151,10 @@ class Chat:
         return [Sampling(max_new_tokens, stop_ids, choice=number, **settings) for number in range(chat.n or 1)]
 
 
-def _check_grammar(schema: str) -> None:
+def _check_grammar(chat: ChatRequest) -> None:
     try:
-        grammar_of(schema)
+        if (schema := chat.json_schema()) is not None:
+            grammar_of(schema)
     except ValueError as error:
         raise ApiError(400, f"response_format: {error}", param="response_format", code="invalid_value") from None
 

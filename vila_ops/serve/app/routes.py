@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from vila_ops import __version__
 from vila_ops.generate.engine import Engine
-from vila_ops.serve.app.admission import Uploads
+from vila_ops.serve.app.admission import Admission, Uploads
 from vila_ops.serve.app.audit import AuditLog
 from vila_ops.serve.app.chat import Chat, model_not_found
 from vila_ops.serve.app.decoder import DecoderSettings
@@ -63,9 +63,11 @@ def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     app.state.metrics = metrics
     for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientGone, _client_gone)):
         app.add_exception_handler(kind, handler)
-    _add_chat(app, Chat(spec, engine, media, metrics, samples))
+    admission = Admission(spec.capacity.limits, metrics, max_batch=spec.capacity.max_batch)
+    _add_chat(app, Chat(spec, engine, media, metrics, admission, samples))
     if samples is not None:
-        _add_feedback(app, samples, Uploads(spec.capacity.limits, metrics, max_body_bytes=MAX_BODY_BYTES))
+        uploads = Uploads(spec.capacity.limits, metrics, max_body_bytes=MAX_BODY_BYTES)
+        _add_feedback(app, samples, admission, uploads)
     _add_models(app, spec)
     _add_state(app, spec, metrics, replica)
     _add_page(app)
@@ -88,12 +90,14 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
         raise ApiError(404, text, code="not_found")
 
 
-def _add_feedback(app: FastAPI, samples: SampleStore, uploads: Uploads) -> None:
+def _add_feedback(app: FastAPI, samples: SampleStore, admission: Admission, uploads: Uploads) -> None:
     body = {"content": {"application/json": {"schema": Feedback.model_json_schema()}}, "required": True}
 
     @app.post("/v1/feedback", openapi_extra={"requestBody": body})
     async def feedback(request: Request) -> Json:
-        given, caller = parse_feedback(await uploads.read(request)), _caller(request)
+        caller = _caller(request)
+        admission.count(caller.key)
+        given = parse_feedback(await uploads.read(request))
         kept = await asyncio.to_thread(samples.rate, given, key=caller.key.id if caller.key else None)
         return {"id": given.id, "object": "feedback", "request_kept": kept}
 
