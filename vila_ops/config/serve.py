@@ -1,8 +1,9 @@
 """The behaviour of a service, and who may use an endpoint and how much of it; its capacity is in the resources."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import re2
 from pydantic import (
     Field,
     IPvAnyNetwork,
@@ -125,8 +126,12 @@ class Samples(Config):
     """Share of the requests. Feedback is taken for any, but trains nothing unless the request was kept."""
     keep_days: PositiveFloat = 30.0
     """After which records are removed, ratings too."""
-    redact: tuple[str, ...] = (r"[\w.+-]+@[\w-]+\.[\w.]+", r"\+?\d[\d ()/-]{7,}\d")
-    """Regular expressions of text that is removed before it is kept: by default e-mail addresses and long numbers."""
+    redact: tuple[str, ...] = (
+        r"[\pL\pM\pN_.+-]+@[\pL\pM\pN_-]+\.[\pL\pM\pN_.-]+",
+        r"\+?\p{Nd}[\p{Nd} ()/-]{7,}\p{Nd}",
+    )
+    """Regular expressions of text that is removed before it is kept: by default e-mail addresses and long numbers. They
+    are RE2's, without look-around and back references, so that no text that people send makes a search long."""
     images: bool = True
     """Whether requests with images are kept. Nothing is removed from images."""
     place: str | None = None
@@ -137,10 +142,23 @@ class Samples(Config):
     def _redact_are_expressions(cls, redact: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in redact:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"redact {pattern!r} is not a regular expression: {error}") from error
+                _expression(pattern)
+            except re2.error as error:
+                raise ValueError(
+                    f"redact {pattern!r} is not a regular expression of RE2, which has no look-around and no back "
+                    f"references: {error.args[0].decode()}"
+                ) from error
         return redact
+
+    def expressions(self) -> list[Any]:
+        """The compiled expressions of `redact`."""
+        return [_expression(pattern) for pattern in self.redact]
+
+
+def _expression(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False  # on the standard error, beside the exception
+    return re2.compile(pattern, options)
 
 
 class RequestLimits(Config):

@@ -23,6 +23,8 @@ VERSION = ModelVersion(name="m", version=1, checkpoint=CHECKPOINT, promoted=Fals
         ({"launch": "inline", "serve": {"autoscale": AUTOSCALE}}, "autoscale has no effect with launch inline"),
         ({"launch": "inline", "serve": {"autoscale": AUTOSCALE, "replicas": 4}}, "max_replicas 4 has no effect with 4"),
         ({"launch": "inline", "serve": {"samples": {"share": 1, "redact": ["("]}}}, r"redact '\(' is not a regular"),
+        ({"launch": "inline", "serve": {"samples": {"share": 1, "redact": ["(?<!a)b"]}}}, "which has no look-around"),
+        ({"launch": "inline", "serve": {"samples": {"share": 1, "redact": [r"(a)\1"]}}}, "no back references"),
         ({"launch": "inline", "serve": {"samples": {"share": 0}}}, "greater than 0"),
         ({"launch": "inline", "serve": {"canary": {"share": 1}}}, "less than 1"),
     ],

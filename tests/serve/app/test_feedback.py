@@ -2,15 +2,18 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.serve.app.live import HELLO, MODEL, ScriptedEngine, client_of, endpoint, image_part, png, wait_until
+from tests.serve.app.test_access import made
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config.serve import Samples
 from vila_ops.config.sources import Messages
@@ -18,6 +21,9 @@ from vila_ops.data.raw.files import Span
 from vila_ops.data.records import Image, Record
 from vila_ops.data.sources import messages
 from vila_ops.generate.request import Delta
+from vila_ops.serve.app import samples as samples_module
+from vila_ops.serve.app.keys import KeyLimits
+from vila_ops.serve.app.samples import REMOVED, SampleStore
 
 Versions = tuple[ModelVersion, ModelVersion]
 
@@ -58,8 +64,9 @@ def test_a_request_that_is_not_to_be_stored_is_not_kept(url: str, place: Path) -
     assert [record["id"] for record in records(place / "records")] == [response]
 
 
-def say(url: str, **feedback: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/feedback", json=feedback)
+def say(url: str, *, api_key: str | None = None, **feedback: Any) -> httpx.Response:
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return httpx.post(f"{url}/v1/feedback", json=feedback, headers=headers)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -117,6 +124,92 @@ def test_wrong_feedback_is_refused_by_name(url: str, place: Path, feedback: dict
     said = say(url, **feedback)
     assert (said.status_code, said.json()["error"]["param"]) == (400, param)
     assert not place.exists()
+
+
+def test_feedback_counts_as_a_request_of_its_key(versions: Versions, scripted: ScriptedEngine, place: Path) -> None:
+    keys = place.with_name("keys.json")
+    rare = made(keys, limits=KeyLimits(requests_per_minute=2))
+    rating: Any = {"id": f"chatcmpl-0-{'1' * 32}", "rating": "good", "api_key": rare}
+    rules = Samples(share=1, place=str(place))
+    with endpoint(versions[0], scripted, samples=rules, access={"key_file": str(keys)}) as address:
+        assert [say(address, **rating, **more).status_code for more in ({"wrong": 1}, {})] == [400, 200]
+        refused = say(address, **rating)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        with pytest.raises(openai.RateLimitError, match="2 requests a minute"):
+            client_of(address, rare).chat.completions.create(model=MODEL, messages=HELLO)  # type: ignore[arg-type]
+        assert say(address, **{**rating, "api_key": made(keys)}).status_code == 200
+    assert len(records(place / "ratings")) == 2
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, nothing more is redacted."""
+    event, clean = threading.Event(), SampleStore._clean
+
+    def held_up(store: SampleStore, text: str) -> str:
+        event.wait(60)
+        return clean(store, text)
+
+    monkeypatch.setattr(SampleStore, "_clean", held_up)
+    yield event
+    event.set()
+
+
+def test_requests_are_answered_while_text_is_redacted_and_few_wait_for_it(
+    versions: Versions, scripted: ScriptedEngine, place: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples_module, "WAITING", 2)
+    scripted.script = [Delta([], "stop")]
+    with endpoint(versions[0], scripted, samples=Samples(share=1, place=str(place))) as address:
+        responses = [ask(address) for _ in range(4)]
+        held.set()
+    assert {record["id"] for record in records(place / "records")} == set(responses[:2])
+
+
+LONG = 300_000
+"""Characters, through which a search that goes back for each of them takes minutes."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-", "a.", "1", "1 ", "a@", "@a", "a@b.", "+1(", "\u00e4\u0308-", "a@b.c ", "12345678901x"],
+)  # fmt: skip
+def test_no_text_makes_redacting_long(versions: Versions, place: Path, text: str) -> None:
+    """Seconds of the CPU even of a slow machine."""
+    store = SampleStore(Samples(share=1, place=str(place)), versions[0])
+    started = time.thread_time()
+    for hostile in (text * (LONG // len(text)), "x@" + text * (LONG // len(text)) + "!", "1" + text * 9 + " " * LONG):
+        store._clean(hostile)
+    assert time.thread_time() - started < 30
+    store.close()
+
+
+def test_no_expression_of_ones_own_makes_redacting_long(versions: Versions, place: Path) -> None:
+    """With these, the library `re` would take years."""
+    store = SampleStore(Samples(share=1, redact=("(a+)+$", "(a|aa)+$", "(.*a){12}b"), place=str(place)), versions[0])
+    text = "a" * 10_000 + "!"
+    started = time.thread_time()
+    assert store._clean(text) == text
+    assert time.thread_time() - started < 30
+    assert store._clean("baa") == f"b{REMOVED}"
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("ann@example.org", "[removed]"),
+        ("Ask \u00fcnal_9+x@m\u00fcnchen-s\u00fcd.example.de!", "Ask [removed]!"),
+        ("+49 (30) 123-4567, 4111 1111 1111 1111", "[removed], [removed]"),
+        ("\u0664\u0665\u0666 \u0664\u0665\u0666 \u0664\u0665\u0666\u0664", "[removed]"),
+        ("a @ b, 12345678, @name, x@y", "a @ b, 12345678, @name, x@y"),
+    ],
+)
+def test_addresses_and_long_numbers_are_removed(versions: Versions, place: Path, text: str, kept: str) -> None:
+    store = SampleStore(Samples(share=1, place=str(place)), versions[0])
+    assert store._clean(text) == kept
+    store.close()
 
 
 def test_records_go_when_their_time_is_over(versions: Versions, scripted: ScriptedEngine, place: Path) -> None:

@@ -7,8 +7,8 @@ The name of each file begins with the id of the response, which leads to the mod
 
 import json
 import logging
-import re
 import secrets
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,8 @@ SWEEP_SECONDS = 3600.0
 """Between two looks for files that are too old."""
 DAY_SECONDS = 86_400.0
 MAX_BODY_BYTES = 64 * 2**10
+WAITING = 64
+"""Requests that may wait to be written; while there are more, none is kept."""
 DRAWS = 2**53
 """Equally likely numbers, of which one is drawn for each request."""
 DIGITS = 16
@@ -72,8 +74,9 @@ class SampleStore:
     def __init__(self, rules: Samples, version: ModelVersion) -> None:
         assert rules.place is not None, "set by the spec"
         self._rules, self._version, self._place = rules, version, rules.place
-        self._redact = [re.compile(pattern) for pattern in rules.redact]
+        self._redact = rules.expressions()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._places = threading.Semaphore(WAITING)
         self._swept = time.monotonic()
         self._writer.submit(self._sweep)
 
@@ -83,11 +86,10 @@ class SampleStore:
 
     def keep(self, response: str, messages: Sequence[Mapping[str, Any]], *, answer: str) -> None:
         """Keep the messages of a request with their answer, in the background."""
-        turns = [self._turn(one) for one in messages]
-        if any(turn is None for turn in turns):
-            return
-        record = {**self._facts(response), "messages": [*turns, {"role": "assistant", "content": self._clean(answer)}]}
-        self._writer.submit(self._write, f"records/{response}.json", record)
+        if self._places.acquire(blocking=False):
+            self._writer.submit(self._keep, response, messages, answer)
+        else:
+            log.warning("%s was not kept: %d requests wait to be written to %s", response, WAITING, self._place)
 
     def rate(self, feedback: Feedback, *, key: str | None) -> bool:
         """Keep a rating; whether the conversation was kept too. Blocks. Raises errors of the store."""
@@ -106,6 +108,15 @@ class SampleStore:
     def close(self) -> None:
         """Return when everything is written."""
         self._writer.shutdown()
+
+    def _keep(self, response: str, messages: Sequence[Mapping[str, Any]], answer: str) -> None:
+        try:
+            turns = [self._turn(one) for one in messages]
+            if all(turn is not None for turn in turns):
+                said = [*turns, {"role": "assistant", "content": self._clean(answer)}]
+                self._write(f"records/{response}.json", {**self._facts(response), "messages": said})
+        finally:
+            self._places.release()
 
     def _facts(self, response: str) -> Json:
         version = self._version
