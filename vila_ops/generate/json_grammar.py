@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from math import lcm
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
@@ -10,6 +12,9 @@ MAX_BYTES = 16_384
 """Of a schema as JSON text: a grammar of this size takes well under a second."""
 MAX_DEPTH = 16
 """Of schemas in schemas."""
+MAX_STEP = 10_000
+"""Of the least common multiple of all `multipleOf`, by their digits. llguidance goes through as many remainders, which
+none of its limits bounds: 4.4 CPU seconds for 1,000,003, and no end after three minutes for 9,999,991 (measured)."""
 KEYWORDS = frozenset({
     "type", "enum", "const", "anyOf", "$ref", "$defs", "definitions",
     "properties", "required", "additionalProperties",
@@ -28,7 +33,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-"""About 20 ms for the grammar and as much for each token."""
+"""The slowest of hostile schemas and of 20,000 random ones took 0.06 CPU seconds for the grammar, as much for its
+matcher, and 0.012 for a token of a vocabulary of 49,152 (measured)."""
 
 
 def grammar_of(schema: str) -> str:
@@ -43,10 +49,20 @@ def grammar_of(schema: str) -> str:
     if not isinstance(parsed, dict):
         raise ValueError("the schema has to be an object")
     _check(parsed, "schema", 1)
-    grammar = LLMatcher.grammar_from_json_schema(
-        schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    )
-    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    if lcm(*_steps(parsed)) > MAX_STEP:
+        raise ValueError(
+            f"the least common multiple of all multipleOf, without decimal points and last zeros, is more than "
+            f"{MAX_STEP}; use rounder numbers"
+        )
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        )
+        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; PyO3 does not export the class
+            raise
+        raise ValueError(f"the schema cannot be followed: {str(error)[:300]}") from None
     if is_wrong or messages:
         raise ValueError(f"the schema cannot be followed: {messages[0][:300]}")
     return grammar
@@ -65,6 +81,16 @@ def _check(schema: Any, where: str, depth: int) -> None:
         raise ValueError(f"{where[:200]}: the keyword {unknown[0][:100]!r} is not supported; use {taken}")
     for name, inner in _inner(schema):
         _check(inner, f"{where}.{name}", depth + 1)
+
+
+def _steps(schema: Any) -> Iterator[int]:
+    """The digits of each `multipleOf`: 25 for 0.25 and for 2500."""
+    if isinstance(schema, Mapping):
+        step = schema.get("multipleOf")
+        if isinstance(step, int | float) and not isinstance(step, bool):
+            yield int("".join(map(str, Decimal(str(step)).as_tuple().digits)).rstrip("0") or "0")
+        for _, inner in _inner(schema):
+            yield from _steps(inner)
 
 
 def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

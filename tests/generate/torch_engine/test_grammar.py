@@ -1,15 +1,21 @@
 """Answers follow their JSON schema, at any temperature and seed, as jsonschema reads it."""
 
 import json
+import logging
+import time
 from typing import Any
 
 import jsonschema
 import pytest
+from llguidance import LLParserLimits
 
+from tests.generate.test_json_grammar import CPU_SECONDS, HOSTILE
 from tests.generate.torch_engine.test_scheduler import all_events, of, scheduler
 from tests.generate.torch_engine.test_scheduler import folder as folder
 from tests.generate.torch_engine.test_scheduler import loaded as loaded
+from vila_ops.errors import UnsupportedSetting
 from vila_ops.generate.request import Prompt, Sampling
+from vila_ops.generate.torch_engine import grammar as grammar_module
 from vila_ops.generate.torch_engine.grammar import Grammars
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
@@ -113,3 +119,43 @@ def test_an_answer_without_a_schema_is_the_same_beside_one_with(loaded: LoadedMo
     alone = GenerationRequest(prompt, free.sampling)
     (expected,) = [[delta.ids for delta in of(alone, all_events(scheduler(loaded), [alone]))]]
     assert [delta.ids for delta in of(free, all_events(scheduler(loaded), [free, bound]))] == expected
+
+
+def test_an_answer_whose_grammar_takes_too_much_ends_alone(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others neither end nor are computed again."""
+    prompt = Prompt(loaded.tokenizer.prompt([("user", ("Who?",))]))
+    sampling = Sampling(12, frozenset(), seed=1, temperature=1.0)
+    alone = GenerationRequest(prompt, sampling)
+    (expected,) = [[delta.ids for delta in of(alone, all_events(scheduler(loaded), [alone]))]]
+    monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
+    text = json.dumps({"type": "string", "pattern": ".*a.{200}.*b.{200}"})
+    hostile = GenerationRequest(prompt, Sampling(40, frozenset(), seed=2, temperature=1.0, json_schema=text),
+                                Grammars(loaded.tokenizer).of(text))  # fmt: skip
+    free = GenerationRequest(prompt, sampling)
+    with caplog.at_level(logging.WARNING):
+        events = all_events(scheduler(loaded), [free, hostile])
+    assert [delta.ids for delta in of(free, events)] == expected
+    (error,) = [one for request, one in events if request is hostile and isinstance(one, Exception)]
+    assert isinstance(error, UnsupportedSetting)
+    assert error.name == "response_format"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("schema", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_schema_takes_long_in_an_answer(loaded: LoadedModel, schema: dict[str, Any]) -> None:
+    """To be compiled, and for the tokens of an answer together."""
+    text = json.dumps(schema)
+    started = time.thread_time()
+    try:
+        made = Grammars(loaded.tokenizer).of(text)
+    except ValueError:
+        made = None
+    assert time.thread_time() - started < CPU_SECONDS
+    prompt = Prompt(loaded.tokenizer.prompt([("user", ("Who?",))]))
+    sampling = Sampling(24, loaded.tokenizer.stop_ids, seed=1, temperature=2.0, json_schema=text)
+    if made is not None:
+        started = time.thread_time()
+        all_events(scheduler(loaded), [GenerationRequest(prompt, sampling, made)])
+        assert time.thread_time() - started < 24 * CPU_SECONDS

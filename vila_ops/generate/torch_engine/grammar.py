@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.errors import UnsupportedSetting
 from vila_ops.generate.json_grammar import LIMITS, grammar_of
 
 KEPT = 16
@@ -26,20 +27,22 @@ class AnswerGrammar:
     def allowed(self, vocabulary: int) -> Tensor:
         """Whether each id (V,) may come next; a stop token only where the answer may end.
 
-        Raises RuntimeError where the grammar takes more than its limits.
+        Raises UnsupportedSetting where the grammar takes more than its limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         return torch.from_numpy(np.unpackbits(bits, count=vocabulary, bitorder="little").view(np.bool_))
 
     def take(self, token: int) -> None:
-        """Go on by a token that is no stop token. Raises RuntimeError for one that is not allowed."""
+        """Go on by an allowed token that is no stop token. Raises UnsupportedSetting as `allowed` does."""
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar of an answer failed: {self._matcher.get_error()[:500]}")
+            reason = self._matcher.get_error()[:300]
+            text = f"the schema takes too much in the middle of the answer; simplify its patterns ({reason})"
+            raise UnsupportedSetting("response_format", text)
 
 
 class Grammars:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vila_ops.errors import UnsupportedSetting
 from vila_ops.generate.request import Sampling, TokenLogprob
 from vila_ops.generate.torch_engine.request_state import RequestState
 
@@ -29,8 +30,10 @@ class Chosen(NamedTuple):
     """If the request asks for it."""
 
 
-def choose(logits: Tensor, states: Sequence[RequestState], *, vocabulary: int, image_id: int) -> list[Chosen]:
-    """The next token of each answer, from the model's logits (B, V), which this changes.
+def choose(
+    logits: Tensor, states: Sequence[RequestState], *, vocabulary: int, image_id: int
+) -> list[Chosen | UnsupportedSetting]:
+    """The next token of each answer, from the model's logits (B, V), which this changes; or why its grammar has none.
 
     Only ids below `vocabulary` are chosen, and never `image_id`: a model cannot generate images. Log-probabilities are
     those of the model, before anything is masked. The order of vLLM's sampler: bias, penalties, grammar, temperature,
@@ -43,15 +46,19 @@ def choose(logits: Tensor, states: Sequence[RequestState], *, vocabulary: int, i
     }
     logits[:, image_id] = -torch.inf
     scores = logits[:, :vocabulary].float()
+    failed: dict[int, UnsupportedSetting] = {}
     for row, state in enumerate(states):
-        _adjust(scores[row], state)
+        try:
+            _adjust(scores[row], state)
+        except UnsupportedSetting as error:
+            failed[row] = error
     tokens: list[int] = scores.argmax(-1).tolist()
     drawn = [row for row, state in enumerate(states) if state.request.sampling.temperature > 0]
     if drawn:
         for row, token in zip(drawn, _draw(scores[drawn], [states[row] for row in drawn]), strict=True):
             tokens[row] = token
     reports = {row: _report(nats[row], scores[row], tokens[row], states[row].request.sampling) for row in nats}
-    return [Chosen(token, reports.get(row)) for row, token in enumerate(tokens)]
+    return [failed.get(row) or Chosen(token, reports.get(row)) for row, token in enumerate(tokens)]
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

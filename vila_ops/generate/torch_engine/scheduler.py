@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vila_ops.errors import UnsupportedSetting
 from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine import row_attention
 from vila_ops.generate.torch_engine.image_features import SaltedImage
@@ -274,18 +275,22 @@ class Scheduler:
         self.cache.end()
         return hidden[0]
 
-    def _choose(self, hidden: Tensor, states: Sequence[RequestState]) -> list[Chosen]:
+    def _choose(self, hidden: Tensor, states: Sequence[RequestState]) -> list[Chosen | UnsupportedSetting]:
         """The next token of each row, from hidden states (R, D)."""
         tokenizer = self.loaded.tokenizer
         logits = self.loaded.model.lm_head(hidden)
         return choose(logits, states, vocabulary=len(tokenizer.fast), image_id=tokenizer.image_id)
 
-    def _settle(self, states: Sequence[RequestState], chosen: Sequence[Chosen]) -> None:
-        """Give each row its token; rows leave whose answers have ended."""
-        for state, (token, logprob) in zip(states, chosen, strict=True):
-            delta = state.append(token, logprob)
-            self._events.append((state.request, delta))
-            if delta.finish_reason is not None:
+    def _settle(self, states: Sequence[RequestState], chosen: Sequence[Chosen | UnsupportedSetting]) -> None:
+        """Give each row its token; rows leave whose answers have ended, or whose grammars have failed."""
+        for state, one in zip(states, chosen, strict=True):
+            added: Delta | UnsupportedSetting
+            try:
+                added = one if isinstance(one, UnsupportedSetting) else state.append(*one)
+            except UnsupportedSetting as error:
+                added = error
+            self._events.append((state.request, added))
+            if isinstance(added, UnsupportedSetting) or added.finish_reason is not None:
                 self._remove(state)
 
     def _promote(self, state: RequestState) -> None:
