@@ -122,7 +122,7 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	  tests/train/test_device_faults.py \
 	  tests/data/download tests/data/raw tests/data/sources tests/data/text tests/data/test_images_fuzz.py \
 	  tests/eval/test_calibration.py tests/artifacts/test_leases.py tests/registry/test_alias_register.py tests/pipeline \
-	  tests/serve/app/test_limits.py tests/serve/router/test_sequential.py tests/infra/test_two_nodes.py \
+	  tests/serve/app/test_limits.py tests/serve/app/test_fuzz.py tests/serve/router/test_sequential.py tests/infra/test_two_nodes.py \
 	  tests/flows/test_full_pipeline.py::test_flow_runs_outlive_an_outage_and_end_without_a_worker; \
 	$(BIN)/python tests/faults/processors.py; \
 	VILA_BENCH_SMALL=1 VILA_BENCH_MINUTES=5 $(BIN)/python benchmarks/soak.py

@@ -80,6 +80,19 @@ def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedMode
 
 
 @pytest.fixture(scope="module")
+def stock(folder: Path) -> LlavaForConditionalGeneration:
+    """The same weights in the class of transformers."""
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def pixels(folder: Path) -> Pixels:
+    """From encoded squares, by the numbers that transformers reads in the folder."""
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    return Pixels(tuple(processor.image_mean), tuple(processor.image_std))
+
+
+@pytest.fixture(scope="module")
 def images(loaded: LoadedModel, tiny: Path) -> list[bytes]:
     side = loaded.model.config.vision_side
     return [
@@ -139,12 +152,9 @@ def of(request: GenerationRequest, events: Sequence[Event]) -> list[Delta]:
 
 
 def test_greedy_answers_to_100_prompts_are_those_of_stock_generate(
-    folder: Path, loaded: LoadedModel, images: list[bytes]
+    stock: LlavaForConditionalGeneration, pixels: Pixels, loaded: LoadedModel, images: list[bytes]
 ) -> None:
     """In fp32, read in pieces, five at a time; where they part, the two tokens are a near-tie for stock."""
-    stock = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder).image_processor
-    pixels = Pixels(tuple(processor.image_mean), tuple(processor.image_std))
     prompts = many(loaded, images, 100)
     answers = run(scheduler(loaded, prefill_tokens=48), requests(prompts, 6))
     assert len({tuple(answer) for answer in answers}) > 50
@@ -163,6 +173,32 @@ def test_greedy_answers_to_100_prompts_are_those_of_stock_generate(
             at = next(place for place in range(6) if answer[place] != theirs[place])
             nats = out.scores[at][0].log_softmax(-1)
             assert float(nats[theirs[at]] - nats[answer[at]]) < NEAR_TIE, (answer, theirs)
+
+
+def test_log_probabilities_are_those_of_one_full_forward_of_stock(
+    stock: LlavaForConditionalGeneration, pixels: Pixels, loaded: LoadedModel, images: list[bytes]
+) -> None:
+    """In fp32, of greedy and of drawn tokens, read in pieces, five at a time, some behind what was read before."""
+    prompts = many(loaded, images, 16)
+    arrivals = [*requests(prompts, 6, logprobs=5), *requests(prompts, 6, logprobs=5, temperature=1.0)]
+    events = all_events(scheduler(loaded, prefill_tokens=48, prefix_tokens=2048), arrivals)
+    assert any(cached(events, arrivals))
+    barred = [loaded.tokenizer.image_id, *range(len(loaded.tokenizer.fast), stock.config.text_config.vocab_size)]
+    for request in arrivals:
+        reports = [report for delta in of(request, events) for report in delta.logprobs]
+        answer = [report.id for report in reports]
+        assert answer == [token for delta in of(request, events) for token in delta.ids]
+        assert len(answer) == 6
+        ids, shown = [*request.prompt.input_ids, *answer[:-1]], request.prompt.images
+        with torch.no_grad():
+            logits = stock(torch.tensor([ids]), pixel_values=pixels(shown) if shown else None).logits[0]
+        nats = logits[len(request.prompt.input_ids) - 1 :].log_softmax(-1)
+        for report, row in zip(reports, nats, strict=True):
+            assert report.logprob == pytest.approx(float(row[report.id]), abs=NEAR_TIE)
+            tokens, values = zip(*report.top, strict=True)
+            assert values == pytest.approx(row[list(tokens)].tolist(), abs=NEAR_TIE)
+            row[barred] = -torch.inf
+            assert values == pytest.approx(row.topk(5).values.tolist(), abs=NEAR_TIE)
 
 
 def test_sampled_answers_do_not_depend_on_what_shares_their_batch(loaded: LoadedModel, images: list[bytes]) -> None:
