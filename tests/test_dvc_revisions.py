@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from tests.dvc_repository import ENV, ROOT, TABLES, clone_into, commit, digests, run_dvc, run_program, run_vila_ops
 from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.s3_calls import client
 from vila_ops.artifacts.store import opened
 from vila_ops.cli import app
 from vila_ops.config import Run, load
@@ -321,6 +322,36 @@ def _tar(path: Path, images: list[Path]) -> None:
             caption.size = len(image.stem)
             tar.add(image, image.name)
             tar.addfile(caption, io.BytesIO(image.stem.encode()))
+
+
+@pytest.mark.slow
+def test_objects_that_arrive_in_s3_make_a_revision(s3_store: str, tmp_path: Path) -> None:
+    """Six captioned images make the first one; DVC, which a look asks, sees that two more have arrived."""
+    bucket = s3_store.split("/")[2]
+    raw = {**OWN, "sources": {"pairs": {"kind": "jsonl", "path": f"s3://{bucket}/pairs", "render": "caption"}}}
+    clone_into(tmp_path)
+    recipe = yaml.safe_load((tmp_path / "configs/recipes/tiny.yaml").read_text())
+    recipe["stages"]["align"]["mixture"] = raw
+    (tmp_path / "configs/recipes/own.yaml").write_text(yaml.safe_dump(recipe))
+    versioned = yaml.safe_load(OWN_VERSIONED)
+    versioned["mixtures"]["own"]["raw"] = f"s3://{bucket}/pairs"
+    (tmp_path / "configs/versioned.yaml").write_text(yaml.safe_dump(versioned))
+    commit(tmp_path, "as cloned")
+    lines = (ROOT / "tests/tiny/pairs/records.jsonl").read_text().splitlines(keepends=True)
+
+    def deliver(count: int) -> None:
+        images = [json.loads(line)["turns"][0]["parts"][0]["image"] for line in lines[:count]]
+        files = {name: (ROOT / "tests/tiny/pairs" / name).read_bytes() for name in images}
+        for name, content in {**files, "records.jsonl": "".join(lines[:count]).encode()}.items():
+            client().put_object(Bucket=bucket, Key=f"pairs/{name}", Body=content)
+
+    deliver(6)
+    look = json.loads(run_vila_ops(tmp_path, *WATCH))
+    assert look["num_samples"] == 6
+    assert digests(tmp_path) == {"own": look["digest"]}
+    assert json.loads(run_dvc(tmp_path, "status", "--json")) == {}
+    deliver(8)
+    assert json.loads(run_dvc(tmp_path, "status", "--json")).keys() == {"prepare@own"}
 
 
 def _look(made: Revised) -> None:
