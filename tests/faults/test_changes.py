@@ -24,7 +24,7 @@ import pytest
 from PIL import Image as Pillow
 
 from tests.faults import faulty_replica
-from tests.faults.faulty_replica import RIGHT, TOKEN_SECONDS
+from tests.faults.faulty_replica import CRASHES_AT, RIGHT, TOKEN_SECONDS
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Model, Resources, Service
 from vila_ops.config.serve import Golden
@@ -43,6 +43,10 @@ pytestmark = pytest.mark.slow
 CHANGES = int(os.environ.get("VILA_CHANGES", "2"))
 LONG_SECONDS = 40 if CHANGES > 2 else 5
 CLIENTS = 16
+SHARE = 0.3
+"""Of the conversations, which the canary answers."""
+CUT_MARGIN = 1
+"""Streams beyond the canary's share of all clients that a crash may cut, since the share is drawn."""
 BROKEN = ("does not load", "crashes", "answers wrongly", "slow", "leaks")
 HARD_SECONDS = 30.0
 """Within which a canary is taken back after a hard sign."""
@@ -194,19 +198,18 @@ class Changes:
                 deploy(self.service, version, self.resources)
             return
         start_canary(self.service, version, self.resources)
-        canary = self.state().canary
-        signed = None
+        since, signed, canary = time.monotonic(), False, self.state().canary  # from its start where no sign is seen
         while self.state().canary is not None:
-            if signed is None and canary is not None and has_hard_sign(canary.track):
-                signed = time.monotonic()
+            if not signed and canary is not None and has_hard_sign(canary.track):
+                since, signed = time.monotonic(), True
             time.sleep(0.1)
         rollback = self.state().rolled_back
         assert rollback is not None
         assert rollback.version == version.version
         if fault == "slow":
             assert rollback.reason.startswith("slower")
-        elif signed is not None:
-            assert time.monotonic() < signed + HARD_SECONDS
+        else:
+            assert time.monotonic() < since + HARD_SECONDS
 
     def state(self) -> ServiceState:
         return self.register.load()
@@ -229,7 +232,12 @@ def changes(make_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytes
     Pillow.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
     golden = Golden(image=str(tmp_path / "red.png"), question="What is this?", answer="red circle")
     service = Service(name="changed", golden=golden, max_new_tokens=2000, request_timeout_seconds=PATIENCE)
-    serve = {"serve.port": 0, "serve.max_memory_bytes": 1200 * 2**20, "serve.canary.share": 0.3, "serve.max_batch": 64}
+    serve = {
+        "serve.port": 0,
+        "serve.max_memory_bytes": 1200 * 2**20,
+        "serve.canary.share": SHARE,
+        "serve.max_batch": 64,
+    }
     resources = Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), **serve})
     sealed = assemble(make_model(seed=1), resources)
     checkpoint = Checkpoint(uri=sealed.uri, digest=sealed.digest, parents=sealed.parents, stage="works", step=1)
@@ -257,8 +265,37 @@ def test_changes_under_load_lose_no_request_and_cut_no_stream_of_the_stable_vers
     assert next(iter(seen.answers)).startswith(RIGHT[:8])
     assert min(seen.whole, seen.streams) > CLIENTS
     crashed = sum(change == "crashes" for change in plan)
-    assert len(seen.cut) <= crashed * CLIENTS / 2, "streams on a canary that crashes, at most those of that moment"
+    assert len(seen.cut) <= crashed * (SHARE * CLIENTS + CUT_MARGIN), (
+        "on a canary that crashes, its share of the clients"
+    )
     wait_until_drained(changes)
+    check_stable_that_crashes(changes, url)
+
+
+def check_stable_that_crashes(changes: Changes, url: str) -> None:
+    """A stable version that crashes is lost, until a rollback serves the former one."""
+    former = changes.state().stable
+    deploy(changes.service, changes.version("crashes"), changes.resources)
+    crashing = changes.state().stable
+    body = {"model": "tiny-vila", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    with httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as http:
+
+        def ask(**more: bool) -> httpx.Response:
+            return http.post("/v1/chat/completions", json=body | more)
+
+        for _ in range(2, CRASHES_AT):  # the first was the golden question
+            assert ask().status_code == 200
+        last = [line for line in ask(stream=True).text.splitlines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+        lost = ask()
+        assert (lost.status_code, lost.json()["error"]["code"], lost.headers["retry-after"]) == (503, "no_replica", "1")
+        assert changes.state().stable == crashing != former, "nobody took it back"
+        roll_back(changes.service, changes.resources)
+        assert ask().status_code == 200
+    again = changes.state().stable
+    assert former is not None
+    assert again is not None
+    assert again.spec == former.spec
 
 
 def wait_until_drained(changes: Changes) -> None:
