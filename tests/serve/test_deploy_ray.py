@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,24 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ServeDeploySchema
 
-from tests.serve.app.live import HELLO, MODEL, wait_until
+from tests.serve.app.live import HELLO, MODEL, upload, wait_until
 from tests.serve.app.test_access import ROUTES, key_id, made, status
 from tests.serve.commands import TINY, Commands, tiny_run
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
 from vila_ops.config.resources import ServeResources, StorageResources
-from vila_ops.config.serve import Access, Samples
+from vila_ops.config.serve import Access, RequestLimits, Samples
 from vila_ops.generate.load import tokenizer_of
 from vila_ops.registry.alias_register import move
+from vila_ops.serve import tracks
 from vila_ops.serve.app.keys import revoke_key
-from vila_ops.serve.backends.backend import START_SECONDS
+from vila_ops.serve.backends.backend import START_SECONDS, ServiceBackend
 from vila_ops.serve.backends.proxy_notes import NAMESPACE, RELEASE, announce_release
 from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 from vila_ops.serve.deploy import deploy, undeploy
-from vila_ops.serve.router.state import ServiceState
+from vila_ops.serve.router.state import ServiceState, Track
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -47,6 +48,24 @@ LONG = 1900
 """Tokens of an answer that is under way long enough to be seen; the tiny model's context has 2,048."""
 SERVICE = Service(name="tiny-ray", max_new_tokens=LONG, request_timeout_seconds=120)
 RAY_SERVICE = Path(__file__).parents[2] / "infra/kubernetes/base/ray-service.yaml"
+LIMITS = RequestLimits(upload_seconds=300)
+"""For a busy machine, on which the uploads of a test take long to begin."""
+UPLOADS = 33
+"""Bodies of which half arrives. By default Ray's proxy sends a replica five requests at a time."""
+LIFTING = {b"x-request-disconnect-disabled": b"?1", b"x-request-timeout-seconds": b"0"}
+"""By which Ray's proxy would go on for a client that has left, for as long as it takes."""
+STRANGE = (
+    (b"x-request-timeout-seconds", b"0.001"),
+    (b"x-request-timeout-seconds", b"\xff"),
+    (b"x-request-disconnect-disabled", b"\xff"),
+    (b"x-request-id", b"\xff"),
+    (b"x-request-id", b"a b"),
+    (b"x-session-id", b"\xff"),
+    (b"X_Session_Id", b"one"),
+    (b"serve_multiplexed_model_id", b"another"),
+    (b"Serve-Multiplexed-Model-Id", b"\xff"),
+)
+"""Headers that Ray's proxy reads, with values that it would obey or fail on."""
 RAY_ROUTES = ("/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything")
 
 
@@ -65,7 +84,7 @@ def resources(
 ) -> Resources:
     """Resources of a cluster of this test."""
     access, samples = Access(key_file=str(keys)), Samples(share=1)
-    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1, access=access, samples=samples)
+    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1, access=access, samples=samples, limits=LIMITS)
     storage = StorageResources(store=str(tmp_path_factory.mktemp("ray")))
     return Resources(launch="ray", ray_address=ray_cluster, device="cpu", serve=own, storage=storage)
 
@@ -105,14 +124,23 @@ def clients(url: str, *, number: int = 2) -> Iterator[set[str | None]]:
     assert not failed
 
 
-def stop_tokens(version: ModelVersion) -> frozenset[int]:
-    """Tokens that end an answer."""
-    return tokenizer_of(version.checkpoint).stop_ids
+def long_answer(version: ModelVersion) -> dict[str, Any]:
+    """A request whose answer has as many tokens as it may have."""
+    no_end = {str(token): -100 for token in tokenizer_of(version.checkpoint).stop_ids}
+    return {"model": MODEL, "messages": HELLO, "max_tokens": LONG, "logit_bias": no_end}
 
 
 def state(resources: Resources) -> ServiceState:
     """The register of the service."""
     return RayServe(SERVICE.name, resources).register.load()
+
+
+def check_bodies(url: str) -> None:
+    """A body that is too long and a route that is not there are refused in OpenAI's form."""
+    headers = {"Content-Type": "application/json", **authorization()}
+    content = b"{" + b" " * SERVICE.max_body_bytes
+    assert httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers).status_code == 413
+    assert httpx.get(f"{url}/v1/nothing", headers=headers).json()["error"]["type"] == "invalid_request_error"
 
 
 def check_keys(url: str, keys: Path, below: str) -> None:
@@ -151,11 +179,90 @@ def check_metrics(url: str, keys: Path) -> None:
     assert answered == {"1", "2"}, "both have answered the question with which they start"
 
 
-def check_lost_replica(url: str, keys: Path, tokens: dict[str, int]) -> None:
-    """What a killed replica answered ends in OpenAI's form, as a stream and as a whole."""
+def summed(url: str, key: str, name: str) -> float:
+    """The value of a metric over all replicas."""
+    return sum(sample.value for sample in scraped(url, key, name))
+
+
+def check_uploads(url: str, keys: Path, model: str) -> None:
+    """Bodies of which half has arrived hold nobody up, and a replica forgets them when their clients leave."""
     key = made(keys, scope="metrics")
-    body = {"model": MODEL, "messages": HELLO, "max_tokens": LONG, "logit_bias": tokens}
-    pid, path = replica(url)["pid"], f"{url}/v1/chat/completions"
+    with ExitStack() as stack:
+        for _ in range(UPLOADS):
+            upload(url, stack, b'{"messages": [' + b" " * 45_000, authorization())
+        wait_until(lambda: summed(url, key, "vila:uploads_under_way") == UPLOADS)
+        assert query(url) == model
+        assert summed(url, key, "vila:uploads_under_way") == UPLOADS
+    wait_until(lambda: summed(url, key, "vila:uploads_under_way") == 0)
+
+
+def check_headers(url: str, below: str, keys: Path, body: dict[str, Any]) -> None:
+    """What Ray's proxy would obey changes nothing, at the service's address and below that of a version."""
+    key, own = made(keys, scope="metrics"), {name.encode(): value.encode() for name, value in authorization().items()}
+    for at in (url, below):
+        path, ended = f"{at}/v1/chat/completions", summed(url, key, "vllm:request_success_total")
+        asked = {"json": {**body, "stream": True}, "headers": own | LIFTING, "timeout": 300}
+        with httpx.stream("POST", path, **asked) as response:
+            lines = response.iter_lines()  # the connection is closed with it
+            assert next(lines).startswith("data: {")
+            wait_until(lambda: summed(url, key, "vila:answers_under_way") == 1)
+        wait_until(lambda: summed(url, key, "vila:answers_under_way") == 0)
+        assert summed(url, key, "vllm:request_success_total") == ended, "it was given up when its client left"
+        short = body | {"max_tokens": 1}
+        answers = {one: httpx.post(path, json=short, headers=own | dict([one]), timeout=300) for one in STRANGE}
+        assert {one: answer.status_code for one, answer in answers.items()} == dict.fromkeys(STRANGE, 200)
+
+
+def events_of(url: str, body: dict[str, Any], begun: threading.Event) -> list[str]:
+    """The events of a stream, which has begun when the first of them is there."""
+    events = []
+    asked = {"json": {**body, "stream": True, "stream_options": {"include_usage": True}}, "headers": authorization()}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", **asked, timeout=300) as response:
+        for line in filter(None, response.iter_lines()):
+            events.append(line.removeprefix("data: "))
+            begun.set()
+    return events
+
+
+@contextmanager
+def stream_across_the_change(url: str, body: dict[str, Any]) -> Iterator[list[Future[list[str]]]]:
+    """One stream that begins when the next deployment has new replicas, and the old ones still get the requests."""
+    check_golden, begun, streams = tracks._check_golden, threading.Event(), list[Future[list[str]]]()
+
+    def begin_and_check(track: Track, backend: ServiceBackend) -> None:
+        streams.append(threads.submit(events_of, url, body, begun))
+        assert begun.wait(60)
+        check_golden(track, backend)
+
+    with ThreadPoolExecutor() as threads, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracks, "_check_golden", begin_and_check)
+        yield streams
+
+
+def check_whole(events: list[str], model: str) -> None:
+    """A long stream of one model had all its tokens, its usage and its last event."""
+    *texts, usage = [json.loads(event) for event in events[:-1]]
+    assert events[-1] == "[DONE]"
+    assert {chunk["system_fingerprint"] for chunk in (*texts, usage)} == {model}
+    assert texts[-1]["choices"][0]["finish_reason"] == "length"
+    assert usage["usage"]["completion_tokens"] == LONG
+
+
+def check_grace() -> None:
+    """Ray gives replicas that end the time of an upload and of the longest answer; a stream of 40 s is within it."""
+    needed = LIMITS.upload_seconds + SERVICE.request_timeout_seconds
+    assert SERVICE.request_timeout_seconds == Service(name="any").request_timeout_seconds > 40
+    applications = serve.context._get_global_client().get_serve_details()["applications"].values()
+    assert applications
+    for application in applications:
+        config = application["deployments"][SERVICE.name]["deployment_config"]
+        assert config["graceful_shutdown_timeout_s"] >= needed
+
+
+def check_lost_replica(url: str, keys: Path, body: dict[str, Any]) -> None:
+    """What a killed replica answered ends in OpenAI's form, as a stream and as a whole; Ray starts another one."""
+    key, before = made(keys, scope="metrics"), replica(url)
+    pid, path = before["pid"], f"{url}/v1/chat/completions"
     with ThreadPoolExecutor() as threads:
         asked = {"json": {**body, "stream": True}, "headers": authorization(), "timeout": 300}
         with httpx.stream("POST", path, **asked) as response:
@@ -168,6 +275,8 @@ def check_lost_replica(url: str, keys: Path, tokens: dict[str, int]) -> None:
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
     assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "no_replica")
     assert whole.result().headers["x-request-id"]
+    assert query(url) == before["model"], "which waits for the other one"
+    assert replica(url)["actor_id"] != before["actor_id"]
 
 
 def check_refusals(resources: Resources, version: ModelVersion, *, other_port: int) -> None:
@@ -205,19 +314,22 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     assert (first.url, first.model) == (url, one)
     assert replica(url)["actor_id"] == before["actor_id"]
 
-    headers = {"Content-Type": "application/json", **authorization()}
-    content = b"{" + b" " * SERVICE.max_body_bytes
-    assert httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers).status_code == 413
-    assert httpx.get(f"{url}/v1/nothing", headers=headers).json()["error"]["type"] == "invalid_request_error"
     stable = state(resources).stable
     assert stable is not None
+    long = long_answer(versions[0])
+    check_bodies(url)
     check_keys(url, keys, stable.url.removeprefix(url))
+    check_uploads(url, keys, one)
+    check_headers(url, stable.url, keys, long)
 
-    with clients(url) as seen:
+    with stream_across_the_change(url, long) as streams, clients(url) as seen:
         second = deploy(SERVICE, versions[1], resources)
+        assert query(url) == two
+        assert not streams[0].done(), "it goes on across the change"
     assert seen >= {one}
     assert second.url == url
-    assert query(url) == two
+    check_whole(streams[0].result(), one)
+    check_grace()
     after = replica(url)
     assert after["actor_id"] != before["actor_id"]
     wait_until(lambda: len(serve.status().applications) == 1)
@@ -236,7 +348,7 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     assert commands.aliases() == {"champion": 1}
     wait_until(lambda: state(resources).tracks() == (state(resources).stable,))
 
-    check_lost_replica(url, keys, {str(token): -100 for token in stop_tokens(versions[1])})
+    check_lost_replica(url, keys, long)
 
     check_refusals(resources, versions[0], other_port=free_ports(1)[0])
 

@@ -10,11 +10,11 @@ from ray.serve._private import constants, http_util
 from starlette.middleware import Middleware
 
 from vila_ops.serve.backends.proxy_router import HEALTH
-from vila_ops.serve.backends.proxy_rules import LIFTED, ProxyRules, middleware
+from vila_ops.serve.backends.proxy_rules import OBEYED, ProxyRules, middleware
 from vila_ops.serve.backends.ray_serve import CONTROLLER_ENV
 
 
-def answered(path: str, headers: dict[str, str]) -> tuple[httpx.Response, dict[bytes, bytes]]:
+def answered(path: str, headers: dict[str, str] | dict[bytes, bytes]) -> tuple[httpx.Response, dict[bytes, bytes]]:
     """The response of a proxy behind Ray's own way to put middleware around it, and the headers that reached it."""
     reached: dict[bytes, bytes] = {}
 
@@ -37,8 +37,31 @@ def test_headers_that_lift_limits_do_not_reach_the_proxy() -> None:
     assert reached[b"x-request-id"] == b"mine"
     assert http_util.parse_request_timeout_header(reached, 30.0) == 30.0
     assert not http_util.parse_disconnect_disabled_header(reached)
-    names = (constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER, constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER)
-    assert {name.encode() for name in names} == LIFTED
+    names = (
+        constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+        constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+        constants.SERVE_SESSION_ID,
+        constants.SERVE_MULTIPLEXED_MODEL_ID.replace("_", "-"),
+    )
+    assert {name.encode() for name in names} == OBEYED
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (b"X-Session-Id", b"one"),
+        (b"x_session_id", b"\xff"),
+        (b"serve_multiplexed_model_id", b"another"),
+        (b"Serve-Multiplexed-Model-Id", b"\xff"),
+        (b"X-Request-Id", b"\xff"),
+        (b"x-request-id", b"a b"),
+        (b"x-request-id", b"a" * 129),
+    ],
+)
+def test_what_chooses_a_replica_or_makes_the_proxy_fail_does_not_reach_it(name: bytes, value: bytes) -> None:
+    reached = answered("/v1/models", {name: value, b"x-other": b"\xff"})[1]
+    assert name.lower() not in reached or reached[name.lower()] != value
+    assert reached[b"x-other"] == b"\xff"
 
 
 @pytest.mark.parametrize("path", ["/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything"])

@@ -6,10 +6,11 @@ import io
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -118,6 +119,21 @@ class ScriptedEngine:
 
     def close(self) -> None:
         pass
+
+
+def connected(url: str, stack: ExitStack) -> socket.socket:
+    """A connection to an endpoint."""
+    address = urlsplit(url)
+    return stack.enter_context(socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=30))
+
+
+def upload(url: str, stack: ExitStack, sent: bytes, headers: Mapping[str, str] | None = None) -> socket.socket:
+    """A request with 90,000 bytes, of which only these were sent."""
+    connection = connected(url, stack)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    connection.sendall(head.encode() + b"Content-Length: 90000\r\n\r\n" + sent)
+    return connection
 
 
 def wait_until(condition: Any) -> None:

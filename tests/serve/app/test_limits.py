@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import socket
 import struct
 import threading
 import zlib
@@ -14,7 +13,6 @@ from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -23,7 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.download.test_address import forms
-from tests.serve.app.live import HELLO, MODEL, SERVICE, ScriptedEngine, endpoint, http, image_part, png, wait_until
+from tests.serve.app.live import (
+    HELLO,
+    MODEL,
+    SERVICE,
+    ScriptedEngine,
+    connected,
+    endpoint,
+    http,
+    image_part,
+    png,
+    upload,
+    wait_until,
+)
 from tests.serve.app.test_access import made
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.generate.request import Delta
@@ -55,20 +65,6 @@ def ask(url: str, *parts: Any) -> int | str:
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Hi"}]}]
     answer = http().post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": messages})
     return 200 if answer.status_code == 200 else f"{answer.status_code}: {answer.json()['error']['message']}"
-
-
-def connected(url: str, stack: ExitStack) -> socket.socket:
-    """A connection to the endpoint."""
-    address = urlsplit(url)
-    return stack.enter_context(socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=30))
-
-
-def upload(url: str, stack: ExitStack, sent: bytes) -> socket.socket:
-    """A request whose body has only begun."""
-    connection = connected(url, stack)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection.sendall(head.encode() + b"Content-Length: 90000\r\n\r\n" + sent)
-    return connection
 
 
 def uploads(url: str) -> int:

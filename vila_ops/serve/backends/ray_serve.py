@@ -199,12 +199,18 @@ def replicas(spec: Spec, resources: Resources, device: Device, prefix: str) -> "
         name=spec.service.name,
         ray_actor_options={"num_cpus": spec.capacity.cpus_per_replica, **gpu_options(resources, device)},
         max_ongoing_requests=MAX_ONGOING,
-        graceful_shutdown_timeout_s=spec.service.request_timeout_seconds,
+        graceful_shutdown_timeout_s=_longest_seconds(spec),
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=2,
         **_number_of_replicas(spec),
     )(serve.ingress()(Replica))
     return deployment.bind(spec.model_dump_json(), device, prefix)
+
+
+def _longest_seconds(spec: Spec) -> float:
+    """How long a request may take, its upload included; Ray would kill a replica that ends after 20 s."""
+    limits, service = spec.capacity.limits, spec.service
+    return limits.upload_seconds + service.max_body_bytes / 2**20 + service.request_timeout_seconds
 
 
 def _number_of_replicas(spec: Spec) -> dict[str, Any]:
