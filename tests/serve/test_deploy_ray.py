@@ -40,7 +40,7 @@ from vila_ops.serve.backends.proxy_notes import NAMESPACE, RELEASE, announce_rel
 from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 from vila_ops.serve.deploy import deploy, undeploy
-from vila_ops.serve.router.state import ServiceState, Track
+from vila_ops.serve.router.state import Canary, ServiceState, Track
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -52,6 +52,7 @@ LIMITS = RequestLimits(upload_seconds=300)
 """For a busy machine, on which the uploads of a test take long to begin."""
 UPLOADS = 33
 """Bodies of which half arrives. By default Ray's proxy sends a replica five requests at a time."""
+AUTOSCALE = "resources.serve.autoscale={max_replicas: 2, requests_per_replica: 1, up_seconds: 0.1}"
 LIFTING = {b"x-request-disconnect-disabled": b"?1", b"x-request-timeout-seconds": b"0"}
 """By which Ray's proxy would go on for a client that has left, for as long as it takes."""
 STRANGE = (
@@ -168,6 +169,36 @@ def scraped(url: str, key: str, name: str) -> list[Sample]:
     text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return [sample for sample in samples if sample.name == name]
+
+
+def check_growth(url: str, canary: Canary | None, keys: Path, body: dict[str, Any]) -> None:
+    """A version that has more requests at once than one of its replicas should have gets a second one."""
+    assert canary is not None
+    key, path, enough = made(keys, scope="metrics"), f"{canary.track.url}/v1/chat/completions", threading.Event()
+    asked = {"json": {**body, "stream": True}, "headers": authorization(), "timeout": 300}
+
+    def keep_asking() -> None:
+        while not enough.is_set():
+            with httpx.stream("POST", path, **asked) as response:
+                assert response.status_code == 200
+                next((line for line in response.iter_lines() if enough.is_set()), None)
+
+    def replicas() -> int:
+        counted = scraped(url, key, "vllm:generation_tokens_total")
+        return sum(sample.labels["model_version"] == "1" for sample in counted)
+
+    assert replicas() == 1
+    began = time.monotonic()
+    with ThreadPoolExecutor() as threads:
+        asking = [threads.submit(keep_asking) for _ in range(4)]
+        try:
+            while replicas() == 1:
+                assert time.monotonic() < began + START_SECONDS
+                time.sleep(0.2)
+        finally:
+            enough.set()
+    for one in asking:
+        one.result()
 
 
 def check_metrics(url: str, keys: Path) -> None:
@@ -336,8 +367,9 @@ def test_a_service_is_deployed_updated_and_released_under_load(
 
     commands = Commands(tmp_path, empty_database, versions, tiny_run(SERVICE, resources))
     with clients(url) as seen:
-        canary = commands.said("canary", "--version", "1", "--share", "0.5", "-s", "resources.serve.replicas=2")
+        canary = commands.said("canary", "--version", "1", "--share", "0.5", "-s", AUTOSCALE)
         assert canary == {"url": url, "model": one, "version": 1}
+        check_growth(url, state(resources).canary, keys, long)
         assert query(url) in (one, two)
         check_metrics(url, keys)
         assert commands.said("promote") == canary
