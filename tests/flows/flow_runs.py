@@ -84,6 +84,12 @@ def ask(servers: Json, method: str, path: str, body: Any = None) -> Any:
     return said.raise_for_status().json() if said.content else None
 
 
+def artifacts_of(servers: Json, flow_run: str) -> Json:
+    """What a flow run shows on its page, by key; tables as their rows."""
+    asked = ask(servers, "POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}})
+    return {one["key"]: json.loads(one["data"]) if one["type"] == "table" else one["data"] for one in asked}
+
+
 def worker_log(servers: Json) -> str:
     return (Path(servers["settings"].root) / "logs/worker.log").read_text(errors="replace")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import prefect
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -31,6 +32,7 @@ from tests.flows.flow_runs import (
     ROOT,
     STAGES,
     Json,
+    artifacts_of,
     ask,
     automations,
     await_healthy,
@@ -59,6 +61,7 @@ from vila_ops.retrain import decisions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Demo = Callable[..., Json]
+KUBERNETES = str(ROOT / "infra/prefect.kubernetes.yaml")
 OUTAGE_SECONDS = float(os.environ.get("VILA_OUTAGE", "10"))
 
 
@@ -172,32 +175,28 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
 
 def test_the_page_of_a_run_says_what_ran_and_what_it_took(first: Json, servers: Json) -> None:
     """The first run of an empty store: everything ran. Its costs are those of the manifests."""
-    wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
-    asked = httpx.post(f"{servers['at'].prefect}/api/artifacts/filter", json=wanted).json()
-    shown = {artifact["key"]: artifact["data"] for artifact in asked}
+    shown = artifacts_of(servers, first["prefect_flow_run"])
     assert shown["vila-progress"] == 100.0
-    plan = json.loads(shown["vila-plan"])
+    plan = shown["vila-plan"]
     assert {row["status"] for row in plan} == {"runs", "reconciles"}
     assert all(row["why"] for row in plan)
-    *costs, total = json.loads(shown["vila-cost"])
+    *costs, total = shown["vila-cost"]
     sealing = [task for task in first["tasks"] if task["reused"] is not None]
     assert [(row["task"], row["name"]) for row in costs] == [(task["task"], task["name"]) for task in sealing]
     assert total["minutes"] == pytest.approx(sum(task["seconds"] for task in sealing) / 60, abs=0.05)
-    models = json.loads(shown["vila-models"])
+    models = shown["vila-models"]
     assert set(models[0]) == {"metric", "base", *STAGES}
     probed = {one["name"] for one in first["metrics"] if one["suite"] == "tiny_probe" and one["role"] == "model"}
     assert {row["metric"] for row in models} == probed
 
 
 def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
-    wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
-    found = httpx.post(f"{servers['at'].prefect}/api/artifacts/filter", json=wanted).json()
-    said = {artifact["key"]: artifact["data"] for artifact in found}
+    said = artifacts_of(servers, first["prefect_flow_run"])
     assert f"({first['mlflow']['page']})" in said["vila-report"]
     assert f"/runs/{first['mlflow']['parent_run']}?" in first["mlflow"]["page"]
     assert first["mlflow"]["page"].startswith(first["mlflow"]["runs"].partition("?")[0])
-    rows = json.loads(said["vila-stages"])
-    assert [row["MLflow"] for row in rows] == [f"[curves]({stage['mlflow_page']})" for stage in first["stages"]]
+    curves = [f"[curves]({stage['mlflow_page']})" for stage in first["stages"]]
+    assert [row["MLflow"] for row in said["vila-stages"]] == curves
 
 
 def test_the_official_client_gets_an_answer(first: Json) -> None:
@@ -303,17 +302,70 @@ def test_prefects_command_runs_the_deployment(first: Json, servers: Json) -> Non
     env = local.env(servers["settings"])
     deployment = httpx.get(f"{env['PREFECT_API_URL']}/deployments/name/vila/full-pipeline", trust_env=False).json()
     assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
-    prefect = str(Path(sys.executable).parent / "prefect")
+    program = str(Path(sys.executable).parent / "prefect")
     files = [
         word for name in ("recipe", "resources") for word in ("--param", f"{name}={servers['folder']}/{name}.yaml")
     ]
-    words = [prefect, "deployment", "run", "vila/full-pipeline", *files, "--watch"]
+    words = [program, "deployment", "run", "vila/full-pipeline", *files, "--watch"]
     done = subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "START_TIME_DESC", "limit": 1}
     (latest,) = httpx.post(f"{env['PREFECT_API_URL']}/flow_runs/filter", json=wanted, trust_env=False).json()
     assert latest["state"]["type"] == "COMPLETED"
     assert latest["id"] != first["prefect_flow_run"]
+
+
+def test_a_flow_takes_a_whole_recipe_and_a_shipped_name(first: Json, servers: Json) -> None:
+    """All that the whole recipe asks for is sealed; the shipped one is asked for in a window that is long over."""
+    folder = servers["folder"]
+    run = load(folder / "recipe.yaml", resources=folder / "resources.yaml")
+    whole = {name: getattr(run, name).model_dump(mode="json") for name in ("recipe", "resources")}
+    own = start_flow_run(servers, "vila-evaluate/suite", {**whole, "suite": "stage"})
+    places = tuple(f"resources.storage.{name}={folder}/{name}" for name in ("store", "cache"))
+    named = {"recipe": "demo", "resources": "inline", "overrides": places, "schedule": {"window_hours": 168}}
+    late = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2020-01-06T03:00:00Z"}}
+    demo = start_flow_run(servers, "vila/full-pipeline", named, state=late)
+    until(lambda: not {state_of(servers, one) for one in (own, demo)} & {"SCHEDULED", "PENDING", "RUNNING"})
+    ends = [ask(servers, "GET", f"/flow_runs/{one}")["state"] for one in (own, demo)]
+    assert [end["name"] for end in ends] == ["Completed", "Skipped"]
+    assert ends[1]["message"].startswith("window 2020-01-06T00:00:00+00:00 of demo is ")
+    rows = artifacts_of(servers, own)["vila-scores"]
+    scores = {(one["name"], one["role"]): one["value"] for one in first["metrics"] if one["model"] == STAGES[-1]
+              and one["suite"] == "tiny_probe"}  # fmt: skip
+    assert {(row["name"], row["role"]): row["value"] for row in rows} == scores
+
+
+@pytest.fixture(scope="module")
+def kubernetes(servers: Json) -> LocalServers:
+    """A work pool of type kubernetes, as `prefect work-pool create` makes it, and settings that deploy to it."""
+    settings = LocalServers.model_validate({**servers["settings"].model_dump(), "prefect_file": KUBERNETES})
+    with pytest.raises(ValueError, match="name the work pool 'kubernetes', which Prefect does not have"):
+        deployments.check_work_pools(settings)
+    views = Path(prefect.__file__).parent / "server/api/collections_data/views/aggregate-worker-metadata.json"
+    kind = json.loads(views.read_text())["prefect-kubernetes"]["kubernetes"]
+    pool = {"name": "kubernetes", "type": kind["type"], "base_job_template": kind["default_base_job_configuration"]}
+    ask(servers, "POST", "/work_pools/", pool)
+    ask(servers, "POST", "/work_pools/kubernetes/queues", {"name": "retrain", "concurrency_limit": 1})
+    return settings
+
+
+def test_the_deployments_of_kubernetes_go_to_such_a_pool(
+    first: Json, kubernetes: LocalServers, servers: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run has the image and the queue that the file says, in what a Kubernetes worker makes a job of."""
+    assert deployments.check_work_pools(kubernetes).endswith(": kubernetes")
+    monkeypatch.setenv("VILA_OPS_IMAGE", "registry.example/vila-ops:1")
+    monkeypatch.chdir(ROOT)
+    deployments.deploy_flows(kubernetes)
+    names = {"vila/full-pipeline": "default", "vila-retrain/on-event": "retrain", "vila-release/promote": "default"}
+    for name, queue in names.items():
+        there = ask(servers, "GET", f"/deployments/name/{name}-kubernetes")
+        assert (there["work_pool_name"], there["work_queue_name"]) == ("kubernetes", queue)
+        assert there["job_variables"]["image"] == "registry.example/vila-ops:1"
+        assert there["pull_steps"] == [
+            {"prefect.deployments.steps.set_working_directory": {"directory": "/opt/vila-ops"}}
+        ]
+    assert ask(servers, "GET", "/deployments/name/vila/full-pipeline")["work_pool_name"] == "local"
 
 
 def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_window(first: Json, servers: Json) -> None:
@@ -339,6 +391,10 @@ def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_win
     assert [name for one in ended() if (name := one["state"]["name"]) != "Skipped"] == ["Completed"]
     decided = [(one.trigger, one.decided.verdict) for _, one in decisions.history("tiny", root=store)]
     assert decided == [("schedule", "not now")]
+    (worked,) = [one["id"] for one in ended() if one["state"]["name"] == "Completed"]
+    page = artifacts_of(servers, worked)["vila-decision"]
+    assert page.startswith("# tiny: retrain: not now\n")
+    assert "| new data | no | 0 usable new training samples in 0 deliveries, new_samples is 8 |" in page
 
     ask(servers, "PATCH", f"{place}/schedules/{ours['id']}", {"active": True})
     ask(servers, "PATCH", f"{place}/schedules/{own}", {"active": False})
@@ -435,6 +491,11 @@ def test_a_promotion_goes_on_when_a_person_has_decided_and_people_are_told(
     assert httpx.post(f"{url}/resume", json=body, trust_env=False).raise_for_status().json()["status"] == "ACCEPT"
     until(lambda: state_of(servers, suspended) in ("COMPLETED", "FAILED", "CRASHED"))
     assert httpx.get(url, trust_env=False).json()["state"]["name"] == "Completed"
+    compared = artifacts_of(servers, suspended)["vila-comparison"]
+    final = [one for one in first["metrics"] if (one["split"], one["role"]) == ("test", "model")]
+    assert [(row["metric"], row["the model"].split(" ")[0]) for row in compared] == [
+        (one["name"], f"{one['value']:.4g}") for one in final
+    ]
     record = alias_register.read("approved", store=servers["resources"]["storage"]["store"])
     assert record.checkpoints[1].digest == first["stages"][-1]["digest"]
     (promotion,) = record.history

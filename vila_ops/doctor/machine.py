@@ -12,6 +12,7 @@ from vila_ops.config.local import LocalServers
 from vila_ops.doctor.finding import Finding, tried
 from vila_ops.doctor.services import device_findings, services, serving
 from vila_ops.doctor.software import software
+from vila_ops.local.deployments import check_work_pools
 
 DISK_BYTES = 10 * 2**30
 MEMORY_BYTES = 8 * 2**30
@@ -48,3 +49,5 @@ def _servers(settings: LocalServers) -> Iterator[Finding]:
     for server in local.status(settings):
         ok = server.state != "unhealthy"
         yield Finding(ok=ok, text=f"{server.name}: {server.state}" + ("" if ok else "; `vila-ops up` starts it again"))
+        if server.name == "prefect" and server.state == "healthy":
+            yield from tried(lambda: check_work_pools(settings))

@@ -122,6 +122,25 @@ def schedules_changed(before: Sequence[Json], after: Sequence[Json]) -> Iterator
             yield twin["id"], wanted
 
 
+def check_work_pools(settings: LocalServers) -> str:
+    """The work pools that the deployments of `prefect_file` name.
+
+    Raises ValueError where Prefect has no such pool: no worker would ever take their flow runs. Raises ServerFailed
+    where Prefect does not answer.
+    """
+    file, prefect = file_of(settings), endpoints(settings).prefect
+    wanted = {one["work_pool"]["name"] for one in yaml.safe_load(file.read_text())["deployments"] if "work_pool" in one}
+    there: list[Json] | None = get_json(f"{prefect}/api/work_pools/filter", QUICK_SECONDS, json={}, **login(settings))
+    if there is None:
+        raise ServerFailed(f"{prefect} did not say which work pools it has; see `vila-ops logs prefect`, and try again")
+    if missing := sorted(wanted - {one["name"] for one in there}):
+        raise ValueError(
+            f"deployments of {file} name the work pool {missing[0]!r}, which Prefect does not have, so that their flow "
+            f"runs would wait for ever; correct the name, or create it: `prefect work-pool create {missing[0]}`"
+        )
+    return f"work pools of {file}: {', '.join(sorted(wanted))}"
+
+
 def file_of(settings: LocalServers) -> Path:
     """The file of the deployments. Raises ValueError for one that does not exist."""
     if settings.prefect_file is None:
