@@ -74,9 +74,9 @@ def train_or_stop(
     The signal is caught outside of Prefect's task, as it may come while Prefect waits before another try.
     """
     job = job_of(stage, model, data, init, resources)
-    if job is not None:
-        follow(job)
     try:
+        if job is not None:
+            follow(job)
         return _train_stage(stage, model, data, init, resources, context)
     except TerminationSignal:
         if job is not None and cancelled():

@@ -414,7 +414,7 @@ def test_each_part_is_killed_and_a_run_ends_as_an_undisturbed_one(
 ) -> None:
     draw, whole = random.Random(SEED), undisturbed(False)
     pipeline = Pipeline(make_platform(False), seconds=whole.seconds)
-    kills = pipeline.killed(draw.sample(INLINE, len(INLINE)), draw, within=whole.seconds / (len(INLINE) + 1))
+    kills = pipeline.killed(draw.sample(INLINE, len(INLINE)), draw, within=whole.seconds / (2 * len(INLINE)))
     assert kills == len(INLINE), "a run that is disturbed takes no less time"
     pipeline.check(whole.digests)
 

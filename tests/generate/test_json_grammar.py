@@ -33,15 +33,15 @@ def nested(depth: int) -> dict[str, Any]:
         ({"type": "string", "format": "strange"}, "cannot be followed: Unknown format"),
         ({"type": "integer", "minimum": 3, "maximum": 1}, "cannot be followed: Unsatisfiable"),
         ({"type": "string", "pattern": "(?=a)b"}, "cannot be followed: regex"),
-        ({"$ref": "http://127.0.0.1:9/schema"}, "cannot be followed: Resource"),
-        ({"$ref": "file:///etc/passwd"}, "cannot be followed: Resource"),
+        ({"$ref": "http://127.0.0.1:9/schema"}, "schema: \\$ref has to be # or #/\\$defs/NAME"),
+        ({"$ref": "file:///etc/passwd"}, "schema: \\$ref has to be # or #/\\$defs/NAME"),
         ({"$ref": "#/$defs/missing"}, "cannot be followed"),
         (nested(MAX_DEPTH + 1), "nested deeper than 16"),
         ({"description": "x" * MAX_BYTES}, "at most 16384 are taken"),
         ({"type": "integer", "multipleOf": 9_999_991}, "multipleOf, .* is more than 10000; use rounder"),
         ({"anyOf": [{"multipleOf": 997}, {"items": {"multipleOf": 0.991}}]}, "is more than 10000"),
         ({"multipleOf": 10**4000 + 1}, "is more than 10000"),
-        ({"multipleOf": 0}, "cannot be followed: invalid multiple"),
+        ({"multipleOf": 0}, "schema: multipleOf has to be greater than 0"),
         ({"multipleOf": True}, "cannot be followed"),
         ({"type": "string", "pattern": "(((\\p{L}|\u00e9))|\\p{L})"}, "cannot be followed"),  # llguidance 1.9 panics
     ],
@@ -62,6 +62,9 @@ def test_usual_steps_of_numbers_are_taken_together() -> None:
     assert grammar_of(json.dumps({"anyOf": [{"type": "number", "multipleOf": step} for step in steps]}))
 
 
+ENDLESS = {"type": "integer", "multipleOf": 9_999_991}
+UNCHECKED = ("#/default", "#/$defs/x/const", "#/$defs/x%2Fconst", "#/%24defs/x/const")
+"""References to what is no schema."""
 HOSTILE: list[dict[str, Any]] = [
     {"type": "string", "pattern": "^(a+)+$"},
     {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
@@ -77,6 +80,10 @@ HOSTILE: list[dict[str, Any]] = [
     {"anyOf": [{"type": "integer", "multipleOf": 9973, "minimum": number} for number in range(60)]},
     {"anyOf": [{"type": "number", "multipleOf": step} for step in (99.99, 33.33, 0.11, 909, 1.01)]},
     {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}},
+    {"type": "integer", "multipleOf": 9_999_991, "$defs": {"x": {"multipleOf": 0}}},
+    {"type": "integer", "multipleOf": 10**9},
+    {"type": "integer", "multipleOf": 4 * 10**9},
+    *({"$ref": place, "default": ENDLESS, "$defs": {"x": {"const": ENDLESS}}} for place in UNCHECKED),
     nested(MAX_DEPTH),
 ]
 CPU_SECONDS = 2.0

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = 1900
 """Tokens of an answer that is under way long enough to be seen; the tiny model's context has 2,048."""
-SERVICE = Service(name="tiny-ray", max_new_tokens=LONG, request_timeout_seconds=120)
+SERVICE = Service(name="tiny-ray", max_new_tokens=LONG, request_timeout_seconds=600)
 RAY_SERVICE = Path(__file__).parents[2] / "infra/kubernetes/base/ray-service.yaml"
 LIMITS = RequestLimits(upload_seconds=300)
 """For a busy machine, on which the uploads of a test take long to begin."""

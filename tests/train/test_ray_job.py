@@ -1,8 +1,11 @@
 """Ids of a stage's Ray jobs, without a cluster; tests/faults/test_nodes.py runs jobs on a cluster."""
 
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import requests
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from vila_ops.config import Resources
@@ -117,6 +120,31 @@ def test_a_job_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(ray_job, "REQUEST_SECONDS", 0.2)
         with pytest.raises(ClusterUnreachable, match=address):
             ray_job.stop_job(KEY, address)
+
+
+@pytest.mark.parametrize("silent", ["list_jobs", "submit_job"])
+def test_a_submission_that_is_not_answered_may_be_followed_by_the_next_try(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        def list_jobs(self) -> list[JobDetails]:
+            return self._answer("list_jobs", [])
+
+        def submit_job(self, **_: Any) -> list[JobDetails]:
+            return self._answer("submit_job", [])
+
+        def _answer(self, what: str, jobs: list[JobDetails]) -> list[JobDetails]:
+            if what == silent:
+                raise requests.ReadTimeout("Read timed out.")
+            return jobs
+
+    monkeypatch.setattr(ray_job, "_client", lambda _: Server())
+    payload: Any = SimpleNamespace(
+        resources=SimpleNamespace(job_address="http://head"), stage=SimpleNamespace(name="sft"),
+        model_dump_json=lambda: "{}",
+    )  # fmt: skip
+    with pytest.raises(ClusterUnreachable, match="; the job may run, run the stage again to re-attach$"):
+        ray_job.train_as_job(KEY, payload)
 
 
 def test_variables_of_the_network_win_over_its_interface() -> None:

@@ -131,7 +131,8 @@ class Samples(Config):
         r"\+?\p{Nd}[\p{Nd} ()/-]{7,}\p{Nd}",
     )
     """Regular expressions of text that is removed before it is kept: by default e-mail addresses and long numbers. They
-    are RE2's, without look-around and back references, so that no text that people send makes a search long."""
+    are RE2's, without look-around and back references, so that no text that people send makes a search long. `\\w` and
+    `\\d` mean ASCII there: `\\pL` is any letter, `\\p{Nd}` any digit."""
     images: bool = True
     """Whether requests with images are kept. Nothing is removed from images."""
     place: str | None = None

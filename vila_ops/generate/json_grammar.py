@@ -1,6 +1,7 @@
 """JSON schemas that answers follow, as grammars of llguidance: which are taken, and what they may cost. No torch."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from math import lcm
@@ -25,6 +26,8 @@ KEYWORDS = frozenset({
 """Keywords of JSON Schema (draft 2020-12) that llguidance enforces in every answer."""
 NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"})
 """Keywords that constrain nothing."""
+REFERENCE = re.compile(r"#(/(\$defs|definitions)/[^/%]+)?")
+"""Places that are checked here. llguidance follows a reference anywhere, such as into `default` or `const`."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
@@ -79,6 +82,10 @@ def _check(schema: Any, where: str, depth: int) -> None:
     if unknown := sorted(set(schema) - KEYWORDS - NOTES):
         taken = ", ".join(sorted(KEYWORDS))
         raise ValueError(f"{where[:200]}: the keyword {unknown[0][:100]!r} is not supported; use {taken}")
+    if (step := schema.get("multipleOf")) == 0 and not isinstance(step, bool):
+        raise ValueError(f"{where[:200]}: multipleOf has to be greater than 0")
+    if not REFERENCE.fullmatch(str(schema.get("$ref", "#"))):
+        raise ValueError(f"{where[:200]}: $ref has to be # or #/$defs/NAME, with a NAME without / and %")
     for name, inner in _inner(schema):
         _check(inner, f"{where}.{name}", depth + 1)
 

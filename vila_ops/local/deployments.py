@@ -129,7 +129,8 @@ def check_work_pools(settings: LocalServers) -> str:
     where Prefect does not answer.
     """
     file, prefect = file_of(settings), endpoints(settings).prefect
-    wanted = {one["work_pool"]["name"] for one in yaml.safe_load(file.read_text())["deployments"] if "work_pool" in one}
+    named = [(one.get("work_pool") or {}).get("name") for one in yaml.safe_load(file.read_text())["deployments"]]
+    wanted = {name for name in named if name and "{{" not in name}  # others are the default's, or filled in later
     there: list[Json] | None = get_json(f"{prefect}/api/work_pools/filter", QUICK_SECONDS, json={}, **login(settings))
     if there is None:
         raise ServerFailed(f"{prefect} did not say which work pools it has; see `vila-ops logs prefect`, and try again")

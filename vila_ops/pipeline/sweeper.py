@@ -146,8 +146,6 @@ class Sweeper:
         if state["id"] != flow_run["state"]["id"]:
             return False
         is_cancelled = state["type"] == "CANCELLING"
-        if is_cancelled:
-            _stop_job(flow_run)
         event = {
             "id": str(uuid.uuid4()),
             "occurred": datetime.now(UTC).isoformat(),
@@ -157,6 +155,8 @@ class Sweeper:
         self._api.post("/events", json=[event]).raise_for_status()
         self._told[name] = now
         log.warning("flow run %s: its process has ended; told Prefect (%s)", flow_run["name"], event["event"])
+        if is_cancelled:
+            _stop_job(flow_run)
         return True
 
 

@@ -42,13 +42,15 @@ class Gain(Config):
 def gains_of(run: Run, steps: Sequence[Step]) -> list[Gain]:
     """Each stage over the model before it on the stage suite, and the last one over the champion on the final suite.
 
-    `steps` are those of `explain`; pairs of which a report or a stage is not sealed are left out.
+    `steps` are those of `explain`; pairs of which a report or a stage is not sealed are left out, and a champion that
+    comes from all of these stages.
     """
     trained = [step for step in steps if step.task == "train"]
     measured = [step for step in steps if step.task == "evaluate"]
     by_stage, (last, *rivals) = measured[: len(trained) + 1], measured[len(trained) + 1 :]
     pairs = [(*models, [stage]) for models, stage in zip(pairwise(by_stage), trained, strict=True)]
-    pairs += [(rival, last, _without_those_of_the_champion(run, trained)) for rival in rivals]
+    own = _without_those_of_the_champion(run, trained)
+    pairs += [(rival, last, own) for rival in rivals if own]
     gains: list[Gain] = []
     for over, model, stages in pairs:
         if all(step.uri is not None for step in (over, model, *stages)):

@@ -49,7 +49,13 @@ def train_as_job(key: str, payload: JobPayload) -> None:
     """
     address = payload.resources.job_address
     client = _client(address)
-    name = next(iter(live_jobs(client.list_jobs(), key)), None) or _submit(client, key, payload)
+    try:
+        name = next(iter(live_jobs(client.list_jobs(), key)), None) or _submit(client, key, payload)
+    except requests.RequestException as error:
+        raise ClusterUnreachable(
+            f"the job server at {address} did not say whether it took the job of {key}: {error}; the job may run, run "
+            f"the stage again to re-attach"
+        ) from error
     log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", payload.stage.name, name, name, address)
     job = _watch(client, name)
     if job.status == JobStatus.STOPPED:
@@ -82,7 +88,10 @@ def stop_job(key: str, address: str | None) -> None:
             if not left and (found or made):
                 return
     except (requests.RequestException, RuntimeError) as error:
-        raise ClusterUnreachable(f"the job server at {address} did not stop the job of {key}: {error}") from error
+        raise ClusterUnreachable(
+            f"the job server at {address} did not stop the job of {key}: {error}; `ray job list --address {address}` "
+            f"names it and `ray job stop` ends it"
+        ) from error
     name = min(left)
     raise ClusterUnreachable(
         f"Ray has not started job {name} yet, so it did not stop it, and the job may still start and train; once it is "

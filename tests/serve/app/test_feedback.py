@@ -212,6 +212,20 @@ def test_addresses_and_long_numbers_are_removed(versions: Versions, place: Path,
     store.close()
 
 
+def test_what_could_not_be_kept_is_told(
+    versions: Versions, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("RE2 ran out of memory")
+
+    store = SampleStore(Samples(share=1, place=str(place)), versions[0])
+    monkeypatch.setattr(store, "_clean", fails)
+    store.keep("r1", [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], answer="Hi")
+    store.close()
+    assert "r1 was not kept" in caplog.text
+    assert "RE2 ran out of memory" in caplog.text
+
+
 def test_records_go_when_their_time_is_over(versions: Versions, scripted: ScriptedEngine, place: Path) -> None:
     files = [place / "records" / "old.json", place / "ratings" / "new.json"]
     for path, days in zip(files, (8, 6), strict=True):

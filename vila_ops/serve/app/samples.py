@@ -115,6 +115,8 @@ class SampleStore:
             if all(turn is not None for turn in turns):
                 said = [*turns, {"role": "assistant", "content": self._clean(answer)}]
                 self._write(f"records/{response}.json", {**self._facts(response), "messages": said})
+        except Exception:  # nobody reads this future
+            log.exception("%s was not kept", response)
         finally:
             self._places.release()
 
