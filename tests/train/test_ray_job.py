@@ -143,7 +143,7 @@ def test_a_submission_that_is_not_answered_may_be_followed_by_the_next_try(
         resources=SimpleNamespace(job_address="http://head"), stage=SimpleNamespace(name="sft"),
         model_dump_json=lambda: "{}",
     )  # fmt: skip
-    with pytest.raises(ClusterUnreachable, match="; the job may run, run the stage again to re-attach$"):
+    with pytest.raises(ClusterUnreachable, match=r"; the job may run, run the stage again to re-attach$"):
         ray_job.train_as_job(KEY, payload)
 
 
