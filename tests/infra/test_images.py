@@ -134,10 +134,10 @@ def test_the_worker_of_the_containers_finds_the_servers_by_the_resources_of_thei
         assert "store:/store" in compose["services"][name]["volumes"], name
 
 
-def test_the_sweeper_of_the_containers_has_the_secrets_of_prefect_alone() -> None:
+def test_the_sweeper_of_the_containers_has_the_secrets_of_prefect_and_of_rays_jobs_alone() -> None:
     compose: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
     environment, of_worker = (compose["services"][name]["environment"] for name in ("sweeper", "worker"))
-    assert environment.keys() == {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"}
+    assert environment.keys() == {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
     assert all(value == re.sub(r":\?[^}]*", "", of_worker[key]) for key, value in environment.items())
 
 

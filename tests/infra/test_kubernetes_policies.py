@@ -60,6 +60,7 @@ def passes(overlay: str, source: Mapping[str, str], target: Mapping[str, str], p
         (PREFECT, POSTGRES, 5432),
         (MLFLOW, POSTGRES, 5432),
         (SWEEPER, PREFECT, 4200),
+        (SWEEPER, ray("training", "head"), 8265),
     ],
 )
 def test_who_needs_a_server_reaches_it(overlay: str, source: dict[str, str], target: dict[str, str], port: int) -> None:
@@ -75,7 +76,8 @@ def test_who_needs_a_server_reaches_it(overlay: str, source: dict[str, str], tar
         (ray("training", "driver"), POSTGRES, 5432),
         (ray("training", "driver"), PREFECT, 22),
         (SWEEPER, MLFLOW, 5000),
-        (SWEEPER, ray("training", "head"), 8265),
+        (SWEEPER, ray("training", "head"), 6379),
+        (SWEEPER, ray("endpoint", "head"), 8265),
         ({"app": "another"}, MLFLOW, 5000),
         ({"app": "another"}, ray("endpoint", "replica"), 8000),
     ],
