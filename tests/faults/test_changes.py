@@ -45,7 +45,7 @@ LONG_SECONDS = 40 if CHANGES > 2 else 5
 CLIENTS = 16
 SHARE = 0.3
 """Of the conversations, which the canary answers."""
-CUT_MARGIN = 1
+CUT_MARGIN = 3
 """Streams beyond the canary's share of all clients that a crash may cut, since the share is drawn."""
 BROKEN = ("does not load", "crashes", "answers wrongly", "slow", "leaks")
 HARD_SECONDS = 30.0
