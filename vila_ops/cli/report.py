@@ -22,8 +22,8 @@ def report(
     costs, unmade = cost.costs_of(run, steps)
     gained = gains.gains_of(run, steps)
     if as_json:
-        dumped = [[one.model_dump(mode="json") for one in costs], [one.model_dump(mode="json") for one in gained]]
-        say(json.dumps(dict(zip(("tasks", "gains"), dumped, strict=True))))
+        tasks, points = [one.model_dump(mode="json") for one in costs], [one.model_dump(mode="json") for one in gained]
+        say(json.dumps({"tasks": tasks, "gains": points}))
     elif costs:
         say("\n".join(table(_cells(cost.table(costs), "task", "name"))))
         if gained:

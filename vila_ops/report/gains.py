@@ -49,8 +49,7 @@ def gains_of(run: Run, steps: Sequence[Step]) -> list[Gain]:
     measured = [step for step in steps if step.task == "evaluate"]
     by_stage, (last, *rivals) = measured[: len(trained) + 1], measured[len(trained) + 1 :]
     pairs = [(*models, [stage]) for models, stage in zip(pairwise(by_stage), trained, strict=True)]
-    own = _without_those_of_the_champion(run, trained)
-    pairs += [(rival, last, own) for rival in rivals if own]
+    pairs += [(rival, last, own) for rival in rivals if (own := _without_those_of_the_champion(run, trained))]
     gains: list[Gain] = []
     for over, model, stages in pairs:
         if all(step.uri is not None for step in (over, model, *stages)):

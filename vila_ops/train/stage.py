@@ -224,9 +224,11 @@ def job_of(
     stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
 ) -> FollowedJob | None:
     """The job that trains a stage with launch `ray_job`; None with another launch."""
-    inputs = StageInputs(stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name))
-    server = inputs.resources.job_address
-    return FollowedJob(address_of(inputs).key, server) if server is not None else None
+    own = resources.for_stage(stage.name)
+    if own.job_address is None:
+        return None
+    inputs = StageInputs(stage=stage, model=model, data=data, init=init, resources=own)
+    return FollowedJob(address_of(inputs).key, own.job_address)
 
 
 def stop_job(job: FollowedJob) -> None:

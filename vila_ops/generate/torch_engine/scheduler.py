@@ -241,11 +241,12 @@ class Scheduler:
         groups: list[Group] = [(range(self.live), [1] * self.live)] if states else []
         embeddings = [self.loaded.embed_prompt(ids, [])] if states else []
         answered, width = list(range(self.live)), max((count for _, count in chunk), default=0)
+        rows = [self.rows.index(state) for state, _ in chunk]
         if chunk:
-            groups.append(([self.rows.index(state) for state, _ in chunk], [count for _, count in chunk]))
-        for state, count in chunk:
+            groups.append((rows, [count for _, count in chunk]))
+        for row, (state, count) in zip(rows, chunk, strict=True):
             assert state.embeddings is not None
-            start, tokens = self.cache.lengths[self.rows.index(state)], state.tokens()
+            start, tokens = self.cache.lengths[row], state.tokens()
             part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
             embeddings.append(torch.nn.functional.pad(part, (0, 0, 0, width - count)))
             if start + count == len(tokens):
