@@ -391,7 +391,7 @@ def make_platform(
 
 @pytest.fixture(scope="module")
 def undisturbed(make_platform: Callable[[bool], Platform]) -> Callable[[bool], Whole]:
-    """A run of the deployment on servers that nobody disturbs, with Ray or without; its seconds are those of its work."""
+    """A run of the deployment on servers that nobody disturbs, with Ray or without; its seconds begin when it works."""
 
     @cache
     def run(on_ray: bool) -> Whole:
