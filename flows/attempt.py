@@ -9,9 +9,10 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -19,6 +20,7 @@ from typing import Self, TypeVar
 from uuid import UUID
 
 import httpx
+import mlflow.exceptions  # noqa: F401 each run asks MLflow; imported here, it takes no time of a run's own
 from prefect import get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State
@@ -43,6 +45,7 @@ STOP_SECONDS = 12.0
 ANSWER_SECONDS = 8.0
 """How long an attempt that is ended asks why: a job on a cluster is stopped only where its flow run was cancelled."""
 RETRY_SECONDS = 0.5
+AGAIN_SECONDS = 1.0
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
@@ -134,22 +137,53 @@ def _outlive_the_worker() -> None:
 
 @contextmanager
 def _terminated_once() -> Iterator[None]:
-    """Let only the first SIGTERM interrupt the body: worker and watchdog may both send one, and clean-up takes time."""
+    """Let SIGTERM interrupt the body once: worker and watchdog may both send one, and clean-up takes time.
+
+    What the handler raises is lost where Python has nowhere to raise it, such as in a destructor. Raised in the import
+    system, it may leave the lock of all imports held for ever. So the signal comes again until its exception is there.
+    """
     raises = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(raises):
         yield
         return
+    told, ended, raised = list[int](), threading.Event(), list[BaseException]()
 
     def once(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        raises(number, frame)
+        told.append(number)
+        if _is_handled(raised) or _imports(frame):
+            return
+        try:
+            raises(number, frame)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    def again() -> None:
+        while not ended.wait(AGAIN_SECONDS):
+            if told:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, once)
+    threading.Thread(target=again, name="termination", daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         if signal.getsignal(signal.SIGTERM) is once:
-            signal.signal(signal.SIGTERM, raises)
+            signal.signal(signal.SIGTERM, raises if not told else lambda *_: None)
+
+
+def _is_handled(raised: Sequence[BaseException]) -> bool:
+    """Whether this thread is in the clean-up after one of these exceptions."""
+    error = sys.exception()
+    while error is not None and error not in raised:
+        error = error.__context__
+    return error is not None
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a frame is one of the import system's own, which hold locks."""
+    return frame is not None and frame.f_code.co_filename.startswith("<frozen importlib")
 
 
 class _CancelWatchdog:

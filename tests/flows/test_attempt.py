@@ -1,8 +1,11 @@
-"""What an attempt at a flow run asks Prefect, without one."""
+"""What an attempt at a flow run asks Prefect, and how a signal ends it, without Prefect."""
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import httpx
@@ -41,3 +44,79 @@ def test_a_busy_prefect_is_asked_again_whether_a_flow_run_was_cancelled(
 
 def test_without_a_flow_run_nothing_was_cancelled() -> None:
     assert not attempt.cancelled()
+
+
+class Told(BaseException):
+    """What the handler of SIGTERM raises, as that of Prefect does."""
+
+
+@pytest.fixture
+def _tells(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def tell(number: int, frame: FrameType | None) -> NoReturn:
+        raise Told
+
+    monkeypatch.setattr(attempt, "AGAIN_SECONDS", 0.05)
+    before = signal.signal(signal.SIGTERM, tell)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def goes_on() -> NoReturn:
+    """Work that only an exception ends in time."""
+    threading.Event().wait(60)
+    pytest.fail("no exception came")
+
+
+@pytest.mark.usefixtures("_tells")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_destructor_swallows_comes_again() -> None:
+    class Dies:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> None:
+        Dies()
+        goes_on()
+
+    with pytest.raises(Told), attempt._terminated_once():
+        work()
+
+
+@pytest.mark.usefixtures("_tells")
+def test_a_signal_never_interrupts_the_import_system_which_holds_locks() -> None:
+    """Such as between the acquisition of the global import lock and the `try` that releases it."""
+    locked = []
+
+    def imports() -> None:
+        locked.append(True)
+        signal.raise_signal(signal.SIGTERM)
+        locked.clear()
+
+    def work() -> None:
+        imports()
+        goes_on()
+
+    imports.__code__ = imports.__code__.replace(co_filename="<frozen importlib._bootstrap>")
+    with pytest.raises(Told), attempt._terminated_once():
+        work()
+    assert not locked
+
+
+@pytest.mark.usefixtures("_tells")
+def test_a_second_signal_does_not_interrupt_the_clean_up_after_the_first() -> None:
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            with contextlib.suppress(KeyError):
+                raise KeyError
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    with pytest.raises(Told), attempt._terminated_once():
+        work()
+    assert cleaned
+    signal.raise_signal(signal.SIGTERM)  # it has ended: a late one changes nothing
