@@ -121,7 +121,8 @@ def kill_server(servers: Json, name: str) -> None:
     record = json.loads((Path(servers["settings"].root) / f"pids/{name}.json").read_text())
     own = [process for process in psutil.process_iter() if _session_of(process) == record["pid"]]
     for process in sorted(own, key=lambda one: one.pid != record["pid"]):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves with the first
+            process.kill()
 
 
 def _session_of(process: psutil.Process) -> int | None:
