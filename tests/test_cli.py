@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,22 @@ def test_a_report_is_named_by_its_folder_its_recipe_its_version_and_its_run(ran:
     assert compared["left_out"] == []
     for one, values in (("baseline", metrics_of(read_report(base))), ("candidate", metrics_of(read_report(report)))):
         assert {metric["metric"]: metric["overall"][one] for metric in compared["metrics"]} == pytest.approx(values)
+
+
+@pytest.mark.slow
+def test_the_summary_of_a_run_has_the_final_captions_in_the_order_of_a_hash(ran: Json, resources: Path) -> None:
+    answers = read_report(EvalReport(**ran["report"])).answers
+    (part,) = json.loads((resources.parent / "store/tiny/summary.json").read_text())["captions"]
+    shown = part.pop("shown")
+    assert [one["item"] for one in shown] == sorted(
+        (one.item for one in answers), key=lambda item: sha256(item.encode()).hexdigest()
+    )
+    assert part == {
+        "benchmark": "cider", "objects": "new", "model": "sft", "suite": "tiny", "split": "test", "of": 12,
+        "right": sum(one["right"] for one in shown),
+    }  # fmt: skip
+    page = (resources.parent / "store/tiny/report.html").read_text()
+    assert page.count('class="image"') == 6 + 12 + 1, "the first screen, the gallery and the served answer"
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 from tests.report.parsed import HOSTILE, Page, check_accessible, check_loads_nothing
 from vila_ops.report.drawing import axis
 from vila_ops.report.page import (
-    MAX_IMAGES,
     loss_chart,
     metric_cards,
     render,
@@ -94,6 +93,7 @@ def full_summary() -> dict[str, Any]:
         ],
         "metrics": metrics,
         "layers": layers(),
+        "captions": [part()],
         "answer": {"question": "What is this?", "image": image, "truth": truth, "reply": truth.upper(),
                    "model": digest(12), "curl": f"curl -sN http://h:8000/v1 -d '{{\"url\": \"{image}\"}}'"},
         "serving": {"status": "ok", "replica": {"pid": 6120}},
@@ -127,6 +127,7 @@ def bare_summary() -> dict[str, Any]:
         "tasks": [{**task, "workers": [{"launch": "inline"}]} for task in summary["tasks"]],
         "metrics": [],
         "layers": [],
+        "captions": [],
         "answer": None,
         "serving": {},
         "versions": {},
@@ -140,8 +141,22 @@ def curves(steps: int = 40) -> dict[str, list[dict[str, Any]]]:
     return {"align": rows, "pretrain": rows, "sft": rows}
 
 
-def gallery(count: int = 3) -> list[dict[str, str]]:
-    return [{"image": p, "truth": t, "answer": f"{t} too", "control": "A bus."} for p, t in images()[:count]]
+def urls() -> dict[str, str]:
+    """The images of captions by their items."""
+    return {f"pairs/{number}": image for number, (image, _) in enumerate(images())}
+
+
+def part(count: int = 3, **others: Any) -> dict[str, Any]:
+    """Captions of a benchmark, every second one right."""
+    shown = [
+        {"item": f"pairs/{number}", "object": "", "truth": truth, "answer": f"a {truth}" if number % 2 else truth,
+         "control": "A bus.", "right": number % 2 == 0}
+        for number, (_, truth) in enumerate(images()[:count])
+    ]  # fmt: skip
+    return {
+        "model": "sft", "suite": "demo", "split": "test", "benchmark": "cider", "objects": "new", "right": 41,
+        "of": 1311, "shown": shown, **others,
+    }  # fmt: skip
 
 
 def gap(value: float, low: float, high: float, **others: Any) -> dict[str, Any]:
@@ -155,7 +170,7 @@ def sentence(*metrics: dict[str, Any], **mlflow: Any) -> str:
 
 def test_every_number_of_the_tables_is_on_the_page() -> None:
     summary = full_summary()
-    text = Page(render(summary, curves(), gallery())).text
+    text = Page(render(summary, curves(), urls())).text
     for stage in summary["stages"]:
         assert f"{stage['steps']:,}" in text
         assert duration(stage["seconds"]) in text
@@ -179,7 +194,7 @@ def test_every_number_of_the_tables_is_on_the_page() -> None:
 
 def test_a_metric_of_official_files_has_no_split() -> None:
     official = metric("sft", "model", 0.5, name="pope_f1_official", unit="share", split=None, lower_is_better=False)
-    text = Page(render({**full_summary(), "metrics": [official]}, curves(), [])).text
+    text = Page(render({**full_summary(), "metrics": [official]}, curves(), urls())).text
     assert "On official files, suite probe." in text
 
 
@@ -188,13 +203,13 @@ def test_published_numbers_stand_in_the_card_of_their_metric() -> None:
     of = {"unit": "share", "split": None, "lower_is_better": False}
     shown = metric("sft", "model", 0.5, name="pope_f1_official", published=known, **of)
     other = metric("sft", "model", 0.5, name="gqa_official", **of)
-    text = Page(render({**full_summary(), "metrics": [shown, other]}, curves(), [])).text
+    text = Page(render({**full_summary(), "metrics": [shown, other]}, curves(), urls())).text
     assert text.count("Published:") == 1
     assert "Published: One 0.855, Two 0.750. a paper." in " ".join(text.split())
 
 
 def test_page_loads_nothing_and_runs_nothing() -> None:
-    html = render(full_summary(), curves(), gallery())
+    html = render(full_summary(), curves(), urls())
     check_loads_nothing(html)
     page = Page(html)
     assert {a["href"] for a in page.all("a") if not (a["href"] or "").startswith("#")} == {
@@ -206,15 +221,15 @@ def test_page_loads_nothing_and_runs_nothing() -> None:
 
 
 def test_the_chat_page_of_a_deployed_service_is_linked_beside_its_answer() -> None:
-    page = render(full_summary(), curves(), gallery())
+    page = render(full_summary(), curves(), urls())
     answer = "<section " + page.partition('<section id="answer"')[2].partition("</section>")[0] + "</section>"
     assert '<a href="http://h:8000/" rel="noreferrer">ask in a browser</a>' in answer
     assert "OpenAI chat API http://h:8000/v1" in Page(answer).text
-    assert "http://h:8000" not in render(bare_summary(), curves(), gallery())
+    assert "http://h:8000" not in render(bare_summary(), curves(), urls())
 
 
 def test_page_can_be_read_without_seeing_it() -> None:
-    html = render(full_summary(), curves(), gallery())
+    html = render(full_summary(), curves(), urls())
     check_accessible(html)
     svgs = Page(html).all("svg")
     assert all(svg.get("aria-label") or svg.get("aria-hidden") or "viewbox" in svg for svg in svgs)
@@ -231,10 +246,12 @@ def test_hostile_strings_are_only_text() -> None:
     summary["stages"][0] |= {"name": HOSTILE, "digest": HOSTILE, "workers": [{"launch": HOSTILE}]}
     summary["tasks"][0] |= {"task": HOSTILE, "name": HOSTILE, "workers": [{"node": HOSTILE}]}
     summary["metrics"] = [metric(HOSTILE, "model", 1.0, name=HOSTILE, unit=HOSTILE, suite=HOSTILE, split=HOSTILE)]
-    shown = [{**image, "truth": HOSTILE, "answer": HOSTILE, "control": HOSTILE} for image in gallery()]
-    page = Page(render(summary, {HOSTILE: curves()["sft"]}, shown))
+    hostile = {"truth": HOSTILE, "answer": HOSTILE, "control": HOSTILE}
+    shown = [{**one, **hostile} for one in part()["shown"]]
+    summary["captions"] = [part(shown=shown, **dict.fromkeys(("model", "suite", "split", "benchmark"), HOSTILE))]
+    page = Page(render(summary, {HOSTILE: curves()["sft"]}, urls()))
     assert not page.all("script")
-    assert len(page.all("img")) == 1 + len(shown)
+    assert len(page.all("img")) == 1 + 2 * len(shown)
     assert not any("onerror" in attrs for _, attrs in page.tags)
     assert not any((a["href"] or "").startswith("javascript") for a in page.all("a"))
     assert page.text.count(HOSTILE) > 20
@@ -242,11 +259,11 @@ def test_hostile_strings_are_only_text() -> None:
 
 def test_image_by_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="not in the page"):
-        render(bare_summary(), {}, [{**gallery(1)[0], "image": "https://example.org/a.png"}])
+        render(bare_summary(), {}, {"a": "https://example.org/a.png"})
 
 
 def test_inline_run_without_optional_parts_renders() -> None:
-    page = Page(render(bare_summary(), {}, []))
+    page = Page(render(bare_summary(), {}, {}))
     assert "inline, in this process · world size 1 · ZeRO stage 0 · torch" in page.text
     assert "no model version was registered" in page.text
     assert "was not measured" in page.text
@@ -255,32 +272,69 @@ def test_inline_run_without_optional_parts_renders() -> None:
     assert "sft 1,202 – – –" in page.text
     assert not page.all("img")
     empty = {**bare_summary(), "stages": [], "tasks": []}
-    assert "This run trained no stage." in Page(render(empty, {}, [])).text
+    assert "This run trained no stage." in Page(render(empty, {}, {})).text
 
 
 def test_a_reply_of_spaces_shows_as_empty() -> None:
     summary = full_summary()
     summary["answer"]["reply"] = " \n"
-    assert "Reply (empty)" in Page(render(summary, {}, [])).text
+    assert "Reply (empty)" in Page(render(summary, {}, urls())).text
 
 
 def test_missing_values_show_as_a_dash() -> None:
     summary = full_summary()
     summary["metrics"] = [metric("sft", "model", None), metric("sft", "gap", None)]
     summary["stages"][2]["validation_first"] = None
-    text = Page(render(summary, {}, [])).text
+    text = Page(render(summary, {}, urls())).text
     assert "sft – [–, –] 387" in text
     assert f"–→ to {summary['stages'][2]['validation_last']:.3f}" in text
     assert "None" not in text
 
 
-def test_gallery_keeps_its_order_and_its_bound() -> None:
-    html = render(full_summary(), curves(4000), gallery(MAX_IMAGES + 2))
+def test_gallery_keeps_its_order_and_says_what_it_leaves_out() -> None:
+    html = render({**full_summary(), "captions": [part(24)]}, curves(4000), urls())
     page = Page(html)
-    alts = [image["alt"] for image in page.all("img")][1:]
-    assert alts == [f"Held-out image, its true caption: {text}" for _, text in images()[:MAX_IMAGES]]
-    assert "The first 24 of 26." in page.text
+    expected = [f"Held-out image, its true caption: {text}" for _, text in images()[:24]]
+    answer = expected[3]
+    assert [image["alt"] for image in page.all("img")] == [*expected[:6], answer, *expected]
+    assert "Benchmark cider, test split: 41 of 1,311 captions right. The first 24 are shown." in page.text
     assert len(html.encode()) < 3_000_000
+
+
+def test_the_first_screen_shows_six_captions_of_known_objects_where_there_are_some() -> None:
+    known = part(8, benchmark="known_cider", objects="known", right=1, of=2)
+    html = render({**full_summary(), "captions": [known, part(7)]}, curves(), urls())
+    header = html.partition("<header>")[2].partition("</header>")[0]
+    page = Page(header)
+    assert [image["alt"] for image in page.all("img")] == [
+        f"Held-out image, its true caption: {text}" for _, text in images()[:6]
+    ]
+    (_, first), (_, second) = images()[:2]
+    for expected in (
+        "1 of 2 captions of known objects right", f"Model ✓ right {first} True caption {first}",
+        f"Model ✗ wrong a {second} True caption {second}",
+        "Captions that sft generates for images of the test split: objects that training data names, in a style that "
+        "it does not have (benchmark known_cider).",
+        "Right: the words of the true caption, whatever their capitals and punctuation.",
+        "Shown: the first 6 by the SHA-256 of the item’s name",
+    ):  # fmt: skip
+        assert expected in page.text
+    text = Page(html).text
+    assert "Known objects Objects that training data names, in a style that it does not have. Benchmark known_" in text
+    assert "New objects Objects that no training data names. Benchmark cider, test split: 41 of 1,311 captions" in text
+    new = Page(render(full_summary(), curves(), urls())).text
+    assert "41 of 1,311 captions of new objects right" in new
+    assert "Shown: the first 3 by" in new
+
+
+def test_answers_that_are_no_captions_are_in_the_gallery_alone() -> None:
+    other = part(benchmark="answer_match", objects=None)
+    page = Page(render({**bare_summary(), "captions": [other]}, {}, urls()))
+    assert len(page.all("img")) == 3
+    assert "answer_match Benchmark answer_match, test split: 41 of 1,311 answers right." in page.text
+    assert "True answer" in page.text
+    assert "True caption" not in page.text
+    assert "SHA-256 of the item’s name" not in page.text
 
 
 def test_verdict_says_what_the_interval_says() -> None:
@@ -400,5 +454,5 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
 
 
 def test_no_number_of_a_drawing_is_broken() -> None:
-    html = render(full_summary(), curves(), gallery())
+    html = render(full_summary(), curves(), urls())
     assert not re.search(r'="(?:nan|inf|-?\d+\.\d{6,})%?"', html)

@@ -24,7 +24,7 @@ from vila_ops.data.records import Image
 from vila_ops.eval.benchmark import Item, MetricValues, SealedImage, benchmark_of
 from vila_ops.eval.benchmarks.held_out.items import EvalInputs, HeldOut, ImageItem, SampleItem
 from vila_ops.eval.compare import ScoreTable
-from vila_ops.eval.report import name_in_suite, read_items, read_report
+from vila_ops.eval.report import name_in_suite, read_items, read_report, result_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.scoring import metric_values
 from vila_ops.eval.sealed import SealedImages, items_of
@@ -112,7 +112,7 @@ def open_benchmark(report: EvalReport, name: str) -> OpenedBenchmark:
     Raises CorruptArtifact, and ValueError for what another version of vila-ops scored or for items that are not there.
     """
     root = store.store_of(report.uri)
-    result = _result(report, name, root=root)
+    result = result_of(report, name)
     manifest = store.manifest_of(result)
     recipe, (model, source, *_) = manifest["recipe"], manifest["parents"]
     config = _config(manifest, f"{name} of {report.uri}")
@@ -125,13 +125,6 @@ def open_benchmark(report: EvalReport, name: str) -> OpenedBenchmark:
         inputs = EvalInputs(data=_needed(Dataset, source, root=root, name=name), **recipe["inputs"])
         items = tuple(benchmark_of(config.kind).read(HeldOut(inputs, partial(_tokenizer, model, root)), config))
     return OpenedBenchmark(name, config, recipe["inputs"], items, read_items(result), files)
-
-
-def _result(report: EvalReport, name: str, *, root: str) -> BenchmarkResult:
-    sealed = read_report(report).benchmarks[name]
-    uri = f"{root}/{sealed.address}"
-    result = store.reference(BenchmarkResult, uri, store.read_manifest(uri))
-    return BenchmarkResult(**{**dict(result), "digest": sealed.digest})
 
 
 def _config(manifest: Mapping[str, Any], what: str) -> Any:

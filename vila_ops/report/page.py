@@ -4,7 +4,7 @@ Positions are in percent of the width or height of a drawing, which then fits an
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from vila_ops.report.baselines import Published
+from vila_ops.report.captions import FIRST
 from vila_ops.report.drawing import Axis, Point, axis, polyline
 from vila_ops.report.layers import draw
 from vila_ops.report.panels import Panel, ReportRow, forest
@@ -20,7 +21,11 @@ from vila_ops.report.words import number
 
 Json = dict[str, Any]
 
-MAX_IMAGES = 24
+OBJECTS = {
+    "known": "objects that training data names, in a style that it does not have",
+    "new": "objects that no training data names",
+}
+"""What the captions of a benchmark are of."""
 MAX_POINTS = 400
 """Most points of a stage's line; a screen shows fewer. Local extremes are kept."""
 SMOOTHING = 20
@@ -87,10 +92,13 @@ GAPS = {
 """The losses that may show an effect of the image: the name of the loss, and what it is a loss of."""
 
 
-def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
-    """The page as HTML; it loads nothing and runs no script. Raises ValueError for an image that is not a data URL."""
+def render(summary: Json, curves: dict[str, list[Json]], images: Mapping[str, str]) -> str:
+    """The page as HTML; it loads nothing and runs no script. `images` has those of the captions, by their items.
+
+    Raises ValueError for an image that is not a data URL.
+    """
     answer = summary["answer"]
-    check_images([shown["image"] for shown in gallery] + ([answer["image"]] if answer else []))
+    check_images([*images.values(), *([answer["image"]] if answer else [])])
     names = [stage["name"] for stage in summary["stages"]]
     return rendered(
         "page.html.jinja",
@@ -100,8 +108,10 @@ def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) ->
         chart=loss_chart({name: curves[name] for name in [*names, *curves] if name in curves}),
         cards=metric_cards(summary["metrics"], models=["base", *names]),
         layers=Markup(layers) if (layers := draw(summary["layers"])) else None,
-        gallery=gallery[:MAX_IMAGES],
-        num_images=len(gallery),
+        first=next((part for part in summary["captions"] if part["objects"]), None),
+        num_first=FIRST,
+        objects=OBJECTS,
+        images=images,
         longest=max((task["seconds"] or 0 for task in summary["tasks"]), default=0),
     )
 

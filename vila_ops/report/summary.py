@@ -16,12 +16,13 @@ from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, named, samples_of
 from vila_ops.eval.evaluate import job_of
 from vila_ops.eval.job import EvalJob
-from vila_ops.eval.report import Report, ReportMetric, name_in_suite, read_report
+from vila_ops.eval.report import Report, ReportMetric, name_in_suite, read_report, read_result, result_of
 from vila_ops.pipeline.cost import cost_of
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report import evaluation
 from vila_ops.report.baselines import published
+from vila_ops.report.captions import captions
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve import endpoint
@@ -29,7 +30,6 @@ from vila_ops.serve.credentials import authorization
 from vila_ops.serve.sample_query import body, curl
 from vila_ops.train.curve import curve_of
 
-GALLERY = 24
 BEGINS = {
     "summary.json": '{\n "recipe": "',
     "report.html": output.HTML,
@@ -53,9 +53,10 @@ def write(run: Run, outcome: Outcome) -> Page:
     """Write the files of a report into `<scratch>/<recipe name>`; ask.json only where something is served."""
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(run, outcome)
+    shown, images = _captions(run, outcome)
+    summary = summarise(run, outcome, shown)
     curves = {name: curve_of(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
-    html = render(summary, curves, _gallery(run, outcome))
+    html = render(summary, curves, images)
     texts = {
         "summary.json": json.dumps(summary, indent=1),
         "report.html": html,
@@ -93,8 +94,8 @@ def check(run: Run) -> None:
         )
 
 
-def summarise(run: Run, outcome: Outcome) -> Json:
-    """All that the report shows, as JSON values."""
+def summarise(run: Run, outcome: Outcome, shown: list[Json]) -> Json:
+    """All that the report shows but loss curves and images of captions, as JSON values. `shown` are the captions."""
     stages = [_stage(checkpoint) for checkpoint in outcome.checkpoints().values()]
     uri, parent = run.resources.tracking.uri, outcome.context.parent_run
     pages = tracking.pages(uri, [parent, *(stage["mlflow_run"] for stage in stages)])
@@ -123,6 +124,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "cost": [cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
         "metrics": _metrics(run, outcome),
         "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
+        "captions": shown,
         "answer": _answer(outcome),
         "serving": _serving(outcome),
         "versions": versions(),
@@ -299,11 +301,15 @@ def _serving(outcome: Outcome) -> Json:
     return health
 
 
-def _gallery(run: Run, outcome: Outcome) -> list[Json]:
-    """The final model's captions and answers with their images."""
-    held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
+def _captions(run: Run, outcome: Outcome) -> tuple[list[Json], dict[str, str]]:
+    """The final model's captions and answers, and the image of each item that is shown, as a data URL."""
+    suite, sealed = run.recipe.final_suite, outcome.report
+    held_out = outcome.datasets[suite.mixture.name]
     rows = {row["name"]: row for row in named(index_of(held_out).to_pylist()) if row["num_images"]}
-    answers = [answer for answer in read_report(outcome.report).answers if answer.item in rows][:GALLERY]
-    shown = {answer.item: rows[answer.item] for answer in answers}
-    samples = dict(zip(shown, samples_of(held_out, shown.values()), strict=True))
-    return [{**dict(answer), "image": data_url(samples[answer.item].images[0])} for answer in answers]
+    measured = {name: read_result(result_of(sealed, name)) for name in suite.benchmarks}
+    answers = {name: [one for one in content.answers if one.item in rows] for name, content in measured.items()}
+    own = {"model": list(outcome.models)[-1], "suite": suite.name, "split": suite.split}
+    listed = [{**own, **part} for part in captions(answers, suite.benchmarks)]
+    shown = {one["item"]: rows[one["item"]] for part in listed for one in part["shown"]}
+    samples = zip(shown, samples_of(held_out, shown.values()), strict=True)
+    return listed, {item: data_url(sample.images[0]) for item, sample in samples}
