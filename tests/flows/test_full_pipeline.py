@@ -140,7 +140,7 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
 
 
 def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) -> None:
-    controlled = ("caption_loss", "multiple_choice", "cider", "alignment")
+    controlled = ("caption_loss", "multiple_choice", "multiple_choice_margin", "cider", "alignment")
     probes = [(model, "validation") for model in ("base", *STAGES)]
     for model in (*probes, ("sft", "test")):
         metrics = [metric for metric in first["metrics"] if (metric["model"], metric["split"]) == model]
@@ -150,6 +150,7 @@ def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) 
             *((name, "chance") for name in ("multiple_choice", "cider", "text_multiple_choice")),
             *((name, "chance") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
             ("text_loss", "model"),
+            ("alignment_margin", "model"),
             *((name, "model") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio", "text_multiple_choice")),
         }
         assert all(metric["low"] <= metric["value"] <= metric["high"] and metric["n"] for metric in metrics)

@@ -61,7 +61,9 @@ class MultipleChoice(BenchmarkConfig):
     """Choice among four captions of an image; the distractors are captions of other held-out objects.
 
     The model's choice is the caption with the highest log p(caption | image) - log p(caption | no image). The rule was
-    fixed before any training.
+    fixed before any training. `multiple_choice_margin` is that gain of the true caption less the mean gain of the other
+    three, in nats: what the image says of its own caption alone, since a model that has learned the style of captions
+    gains on all four.
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
@@ -128,6 +130,8 @@ class Alignment(BenchmarkConfig):
 
     Chamfer similarity of pairwise cosines, after each layer (VILA, arXiv:2312.07533, Fig. 3). The metric is the mean
     over the deeper half of the layers, where the paper finds the effect of training the language model in pre-training.
+    With control `shuffled`, `alignment_margin` is that of the caption's own image less that of another one: states may
+    become alike whatever is shown.
     """
 
     kind: Literal["alignment"] = "alignment"

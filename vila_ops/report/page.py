@@ -48,6 +48,9 @@ METRICS = {
         "Choice of caption",
         "Share of images whose true caption gains more likelihood from it than three others. Chance: one in four.",
     ),
+    "multiple_choice_margin": MetricText(
+        "Choice of caption: margin", "By how many nats the true caption gains more from its image than the others do."
+    ),
     "cider": MetricText(
         "Caption CIDEr-D",
         "Generated captions compared with the true ones. Chance: the most frequent training caption for every image.",
@@ -69,6 +72,9 @@ METRICS = {
         "Alignment in the language model",
         "Similarity of its states of an image and of its caption, averaged over the deeper half of its layers.",
         direction="Higher is more similar; the paper reports it for language models that are trained in pre-training.",
+    ),
+    "alignment_margin": MetricText(
+        "Alignment: margin", "By how much a caption is more similar to its own image than to another one."
     ),
     "new_names": MetricText(
         "New names",

@@ -213,18 +213,33 @@ def test_the_caption_that_gains_most_from_the_image_is_chosen(measure: MakeMeasu
     # the true one 40 - 10 = 30. By gain per token the cat would lose too: 10 / 20 against 1 / 1.
     # Control: the caption of the image shown gains 10 and is never the true one; but the car's image, which is the
     # dog's control, gives the dog's caption 12: 1 of 5.
+    # Margin: 10 - 1 for four, and for the dog 10 less the mean of 1, 1 and 15. Control: the true caption gains 1, the
+    # three others 10, 1 and 1; but the dog's caption gains 12 from the car's image. The tree is no choice for the cat.
+    margins = (9 + (10 - 17 / 3) + 9 + 9 + 9) / 5, (4 * (1 - 4) + (12 - 4)) / 5
     assert values(metrics) == pytest.approx(
         {
             ("multiple_choice", "model"): 4 / 5,
             ("multiple_choice", "chance"): 0.25,
             ("multiple_choice", "control"): 1 / 5,
             ("multiple_choice", "gap"): 3 / 5,
+            ("multiple_choice_margin", "model"): margins[0],
+            ("multiple_choice_margin", "control"): margins[1],
+            ("multiple_choice_margin", "gap"): margins[0] - margins[1],
         }
     )
     chance = next(metric for metric in metrics if metric.role == "chance")
     assert (chance.value, chance.low, chance.high) == (0.25, 0.25, 0.25)
     assert not any(metric.lower_is_better for metric in metrics)
-    assert [metric.n for metric in metrics] == [5] * 4
+    assert [metric.n for metric in metrics] == [5] * 7
+    margin = next(metric for metric in metrics if metric.name == "multiple_choice_margin")
+    assert (margin.role, margin.unit) == ("model", "nats")
+    assert margin.low < margin.value < margin.high
+
+
+def test_what_all_four_captions_gain_is_no_margin(measure: MakeMeasure) -> None:
+    """As in a model that has learned the style of captions, or to expect one after any image."""
+    metrics = measure(MultipleChoice(), lambda image, *_: Loglikelihood(7.0 if image else 30.0, tokens=4)).metrics
+    assert [metric.value for metric in metrics if metric.name == "multiple_choice_margin"] == [0.0, 0.0, 0.0]
 
 
 GENERATED = {
@@ -418,6 +433,7 @@ def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the
             ("alignment", "model"): deep["model"],
             ("alignment", "control"): deep["control"],
             ("alignment", "gap"): deep["model"] - deep["control"],
+            ("alignment_margin", "model"): deep["model"] - deep["control"],
         }
     )
     assert {metric.n for metric in measured.metrics} == {4}

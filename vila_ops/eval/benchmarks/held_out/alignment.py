@@ -12,9 +12,10 @@ from vila_ops.eval.benchmark import LazyTokenizer, MetricValues, StatesRequest, 
 from vila_ops.eval.benchmarks.held_out.items import HeldOut, ImageItem, image_items
 from vila_ops.eval.benchmarks.held_out.prompts import caption_prompt, of_condition, shown_images
 from vila_ops.eval.metrics.alignment import chamfer_similarity
+from vila_ops.eval.report import MetricRole
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 5
+REVISION = 6
 NAME, UNIT = "alignment", "cosine"
 
 
@@ -49,17 +50,23 @@ def score(items: Sequence[ImageItem], rows: Sequence[ItemRow], config: Alignment
 
 
 def metrics(items: Sequence[ImageItem], rows: Sequence[ItemRow], config: Alignment) -> list[MetricValues]:
-    """The mean over the deeper half of the layers, and the mean of each layer.
+    """The mean over the deeper half of the layers, its margin over the shuffled image, and the mean of each layer.
 
     Layer 0 is what enters the language model; the last one is what its head reads.
     """
     values = []
+    deep_of: dict[MetricRole, dict[str, float]] = {}
     for role, own in of_condition(rows).items():
         table = np.array([row.response.values for row in own])  # (N, L + 1)
         units, deep = Units.of(own), table[:, table.shape[1] // 2 :].mean(axis=1)
+        deep_of[role] = dict(zip(units.names, deep.tolist(), strict=True))
         values.append(MetricValues(NAME, units, deep, role=role, unit=UNIT))
         values += [
             MetricValues(NAME, units, layer_values, role=role, unit=UNIT, layer=layer)
             for layer, layer_values in enumerate(table.T)
         ]
+    shuffled = deep_of.get("control", {})
+    if both := [row for row in of_condition(rows).get("model", []) if row.item in shuffled]:
+        margins = np.array([deep_of["model"][row.item] - shuffled[row.item] for row in both])
+        values.append(MetricValues(f"{NAME}_margin", Units.of(both), margins, unit=UNIT))
     return values

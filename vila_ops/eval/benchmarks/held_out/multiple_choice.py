@@ -11,7 +11,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import caption_requests, column_v
 from vila_ops.eval.metrics.choice import share_right
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 5
+REVISION = 6
 NAME, UNIT = "multiple_choice", "share right"
 
 
@@ -34,28 +34,31 @@ def requests(items: Sequence[ImageItem], config: MultipleChoice, tokenizer: Lazy
 
 
 def score(items: Sequence[ImageItem], rows: Sequence[ItemRow], config: MultipleChoice) -> list[Mapping[str, float]]:
-    """1 where the true caption, which comes first, gains more log-likelihood from the image than the others.
+    """What the true caption, which comes first, gains in log-likelihood from the image, compared with the others.
 
-    A row without an image has no score, and neither has one whose item has no answer without an image.
+    right: 1 where it gains most. margin: its gain less the mean gain of the others, in nats. A row without an image has
+    no score, and neither has one whose item has no answer without an image.
     """
     without = {row.item: row.response.nats for row in rows if row.condition == "no_image"}
     return [
         {}
         if row.condition == "no_image" or row.item not in without
-        else {"right": _right(row.response.nats, without[row.item], row.item)}
+        else _scores(row.response.nats, without[row.item], row.item)
         for row in rows
     ]
 
 
-def _right(nats: Sequence[float], without: Sequence[float], item: str) -> float:
-    return share_right([base - one for base, one in zip(without, nats, strict=True)], item=item)
+def _scores(nats: Sequence[float], without: Sequence[float], item: str) -> dict[str, float]:
+    true, *others = gains = [base - one for base, one in zip(without, nats, strict=True)]
+    return {"right": share_right(gains, item=item), "margin": true - sum(others) / len(others)}
 
 
 def metrics(items: Sequence[ImageItem], rows: Sequence[ItemRow], config: MultipleChoice) -> list[MetricValues]:
-    """The share of images with the right choice, and the chance level of a quarter."""
+    """The share of images with the right choice, the chance level of a quarter, and the margin in nats."""
     own = of_condition(rows)["model"]
     chance = np.full(len(own), 1 / 4)
     return [
         *column_values(NAME, rows, ("right",), unit=UNIT),
         MetricValues(NAME, Units.of(own), chance, role="chance", unit=UNIT),
+        *column_values(f"{NAME}_margin", rows, ("margin",), unit="nats"),
     ]
