@@ -54,7 +54,7 @@ class ClaimResult(Config):
 
     claim: Claim
     advantage: Estimate
-    """Of `cell` over `than`, positive where it is better."""
+    """Of `cell` over `than`, less that of the pair `over`; positive where the claim is right."""
     verdict: Verdict
 
 
@@ -84,27 +84,23 @@ def _metric(metric: str, tables: Tables, *, resamples: int) -> MetricResult:
         unit=table.unit,
         lower_is_better=table.lower_is_better,
         n=len(table.items),
-        values={cell: _estimate(own, None, resamples=resamples) for cell, own in tables.items()},
-        differences={cell: _estimate(tables[cell], tables[first], resamples=resamples) for cell in others},
+        values={cell: _estimate([own], (1,), resamples=resamples) for cell, own in tables.items()},
+        differences={cell: _estimate([tables[cell], tables[first]], (1, -1), resamples=resamples) for cell in others},
     )
 
 
 def _claim(claim: Claim, tables: Tables, *, resamples: int) -> ClaimResult:
-    difference = _estimate(tables[claim.cell], tables[claim.than], resamples=resamples)
-    if tables[claim.cell][0].lower_is_better:
-        difference = Estimate(
-            value=-difference.value,
-            low=-difference.high,
-            high=-difference.low,
-            by_seed=tuple(-value for value in difference.by_seed),
-        )
-    return ClaimResult(claim=claim, advantage=difference, verdict=_verdict(difference, claim.by))
+    better = -1 if tables[claim.cell][0].lower_is_better else 1
+    signs = [better * sign for sign in (1, -1, -1, 1)]
+    cells = claim.cells()
+    advantage = _estimate([tables[cell] for cell in cells], signs[: len(cells)], resamples=resamples)
+    return ClaimResult(claim=claim, advantage=advantage, verdict=_verdict(advantage, claim.by))
 
 
 def _verdict(advantage: Estimate, by: float) -> Verdict:
     if advantage.low > by:
         return "shown"
-    return "contradicted" if advantage.high < 0 else "not shown"
+    return "contradicted" if advantage.high < min(by, 0) else "not shown"
 
 
 def _aligned(tables: Tables) -> Tables:
@@ -118,41 +114,52 @@ def _aligned(tables: Tables) -> Tables:
 
 @dataclass(frozen=True)
 class _MeanOverSeeds:
-    """A statistic's mean over seeds, minus that of a second cell if there is one, from the sums of all of them."""
+    """A statistic's mean over seeds, added over cells with their signs, from the sums of all of them."""
 
     of: OfSums
+    signs: tuple[int, ...]
     seeds: int
-    is_difference: bool
 
     def by_seed(self, sums: FloatArray) -> FloatArray:
-        """(R, parts x K) -> (R, S)."""
-        parts = np.split(sums, self.seeds * (2 if self.is_difference else 1), axis=1)
-        values = np.stack([self.of(part) for part in parts], axis=1)
-        return values[:, : self.seeds] - values[:, self.seeds :] if self.is_difference else values
+        """(R, cells x S x K) -> (R, S)."""
+        values = [self.of(part) for part in np.split(sums, len(self.signs) * self.seeds, axis=1)]
+        by_cell = np.stack(values, axis=1).reshape(len(sums), len(self.signs), self.seeds)
+        added: FloatArray = np.einsum("rcs,c->rs", by_cell, np.array(self.signs, dtype=np.float64))
+        return added
 
     def __call__(self, sums: FloatArray) -> FloatArray:
-        """(R, parts x K) -> (R,)."""
+        """(R, cells x S x K) -> (R,)."""
         mean: FloatArray = self.by_seed(sums).mean(axis=1)
         return mean
 
 
-def _estimate(own: Sequence[ScoreTable], baseline: Sequence[ScoreTable] | None, *, resamples: int) -> Estimate:
-    """The mean over seeds of one cell, or of its difference from another one."""
-    from scipy.special import stdtrit
-
-    tables = [*own, *(baseline or ())]
-    _, groups = np.unique(np.array(own[0].groups), return_inverse=True)
-    parts = [cluster_sums(table.values, groups, table.statistic) for table in tables]
+def _estimate(cells: Sequence[Sequence[ScoreTable]], signs: Sequence[int], *, resamples: int) -> Estimate:
+    """The mean over seeds of one cell, or of cells that are added with their signs."""
+    first = cells[0][0]
+    _, groups = np.unique(np.array(first.groups), return_inverse=True)
+    parts = [cluster_sums(table.values, groups, table.statistic) for own in cells for table in own]
     sums = np.concatenate([part for part, _ in parts], axis=1)
-    statistic = _MeanOverSeeds(parts[0][1], len(own), baseline is not None)
+    statistic = _MeanOverSeeds(parts[0][1], tuple(signs), len(cells[0]))
     clusters = np.arange(len(sums))
     drawn = cluster_bootstrap(sums, clusters, statistic=statistic, resamples=resamples, seed=0)
     by_seed = statistic.by_seed(sums.sum(axis=0, keepdims=True))[0]
-    of_items, of_seeds = drawn.standard_error**2, float(by_seed.var(ddof=1)) / len(by_seed)
+    return _interval(by_seed, of_items=drawn.standard_error**2, clusters=drawn.clusters)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one value for each seed, with the interval over seeds alone."""
+    return _interval(np.array(values), of_items=0.0, clusters=2)
+
+
+def _interval(by_seed: FloatArray, *, of_items: float, clusters: int) -> Estimate:
+    """A mean over seeds, with the interval of the module's docstring; `of_items` is v1."""
+    from scipy.special import stdtrit
+
+    of_seeds = float(by_seed.var(ddof=1)) / len(by_seed)
     total = of_items + of_seeds
     half = 0.0
     if total > 0:
-        freedom = total**2 / (of_items**2 / (drawn.clusters - 1) + of_seeds**2 / (len(by_seed) - 1))
+        freedom = total**2 / (of_items**2 / (clusters - 1) + of_seeds**2 / (len(by_seed) - 1))
         half = float(stdtrit(freedom, (1 + COVERAGE) / 2)) * math.sqrt(total)
     value = float(by_seed.mean())
     return Estimate(value=value, low=value - half, high=value + half, by_seed=tuple(by_seed.tolist()))

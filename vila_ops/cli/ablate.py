@@ -132,7 +132,7 @@ def _print(result: "GridResult") -> None:
         say("\n".join([*table(rows), ""]))
     for one in result.claims:
         claim, advantage = one.claim, f"{_signed(one.advantage.value)} {_interval(one.advantage)}"
-        say(f"{one.verdict}: {claim.says} ({claim.metric}, {claim.cell} over {claim.than}: {advantage})")
+        say(f"{one.verdict}: {claim.says} ({claim.metric}, {claim.compared()}: {advantage})")
 
 
 def _signed(value: float) -> str:

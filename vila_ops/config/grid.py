@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config, Slug
 from vila_ops.config.load import read_as
@@ -30,11 +30,25 @@ class Claim(Config):
     cell: Slug
     """The one that is better, if the claim is right."""
     than: Slug
+    over: tuple[Slug, Slug] | None = None
+    """Two cells whose difference is subtracted, first minus second: `cell` gains more over `than` than the first one
+    gains over the second."""
     metric: str
     """A metric of the final suite's report."""
-    by: NonNegativeFloat = 0.0
-    """The claim is shown where the whole 95 % interval of the advantage lies above this, and contradicted where it
-    lies below 0."""
+    by: FiniteFloat = 0.0
+    """In the metric's unit. The claim is shown where the whole 95 % interval of the advantage lies above this, and
+    contradicted where it lies below 0. Below 0: `cell` is not worse than `than` by more than so much; the claim is
+    then contradicted where the interval lies below `by` itself."""
+
+    def cells(self) -> tuple[str, ...]:
+        """The cells that it names."""
+        return self.cell, self.than, *(self.over or ())
+
+    def compared(self) -> str:
+        """Its cells and `by` in words."""
+        over = " more than {} over {}".format(*self.over) if self.over else ""
+        by = f", by {self.by:g}" if self.by > 0 else f", not worse by more than {-self.by:g}" if self.by else ""
+        return f"{self.cell} over {self.than}{over}{by}"
 
 
 class Grid(Config):
@@ -64,7 +78,7 @@ class Grid(Config):
     @model_validator(mode="after")
     def _claims_are_of_the_grid(self) -> "Grid":
         for claim in self.claims:
-            for cell in (claim.cell, claim.than):
+            for cell in claim.cells():
                 if cell not in self.cells:
                     raise ValueError(
                         f"claim {claim.says!r} names cell {cell!r}; the cells are {list(self.cells)}"
