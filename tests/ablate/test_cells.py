@@ -1,12 +1,14 @@
 """A grid on the tiny recipe: its runs, what they share, and that files of results take the place of a store."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from flows import ablate as flow
 from tests.report.parsed import Page, check_accessible, check_loads_nothing
 from vila_ops.ablate.cells import fingerprint_of, not_here, runs_of, runs_of_all
 from vila_ops.ablate.cost import cost_of_grid
-from vila_ops.ablate.measure import measure
+from vila_ops.ablate.measure import from_files, measure
 from vila_ops.ablate.results import CellResult, read_results, scores_of
 from vila_ops.ablate.verdicts import GridResult, grid_result
 from vila_ops.artifacts.kinds import Checkpoint
@@ -29,6 +31,7 @@ from vila_ops.config.load import read
 from vila_ops.eval.report import read_report
 from vila_ops.pipeline.stages import TASKS, Tasks, evaluate_stage
 from vila_ops.report import ablation
+from vila_ops.report.words import signed
 
 ROOT = Path(__file__).parents[2]
 INLINE = ROOT / "configs/resources/inline.yaml"
@@ -216,7 +219,16 @@ def test_the_page_of_a_grid_has_what_its_cells_took(
     check_accessible(html)
     positions = {row[0]: row[1] for row in Page(html).rows if len(row) == 5 and "," in row[1]}
     assert positions == {"frozen": "1,536", "trained": "1,536", ablation.ALL: "2,560"}  # of 256 in a stage
-    assert f"| {ablation.ALL} | 2,560 |" in (tmp_path / "grid.md").read_text()
+    text = (tmp_path / "grid.md").read_text()
+    assert f"| {ablation.ALL} | 2,560 |" in text
+    images = re.findall(r"^!\[(.*)\]\((.*)\)$", text, flags=re.MULTILINE)
+    assert images == [(stage, f"grid.{stage}.svg") for stage in ("align", "pretrain", "sft")]
+    for stage, name in images:
+        drawn = ElementTree.fromstring((tmp_path / name).read_text())
+        named = {one.text for one in drawn.iter("{http://www.w3.org/2000/svg}text")}
+        assert {"frozen", "trained"} <= {cell for one in named if one for cell in one.split(", ")}, stage
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {measured.shown.claims[0].claim.says} |")]
+    assert row.endswith(f"| {' '.join(map(signed, measured.shown.claims[0].advantage.by_seed))} |")
 
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(flow, "TASKS", TASKS)
@@ -225,7 +237,7 @@ def test_the_page_of_a_grid_has_what_its_cells_took(
     claim = measured.shown.claims[0]
     assert flow._work(measured.grid, measured.resources) == {claim.claim.says: claim.verdict}
     assert [one["key"] for one in told] == ["vila-claims", "vila-grid"]
-    assert told[1]["markdown"] == (tmp_path / "grid.md").read_text()
+    assert told[1]["markdown"] == ablation.markdown(measured.shown, measured.results)
 
 
 class Trained(Exception):
@@ -393,3 +405,102 @@ def test_of_two_files_of_one_fingerprint_the_first_by_name_counts(
     (folder / "zz.json").write_text(json.dumps({**tree, "grid": "other"}))
     assert read_results(folder) == read_results(measured.folder)
     assert f"{first.name} and zz.json are of one model on one suite; {first.name} counts" in caplog.text
+
+
+def renamed(folder: Path, to: Path, **changes: Any) -> Path:
+    """The files of results in another folder, as another version would have made them: with other keys."""
+    to.mkdir()
+    for path in folder.iterdir():
+        tree = {**json.loads(path.read_text()), **changes}
+        tree["key"] = f"{'0' * 16}{tree['key']}"
+        (to / f"{tree['grid']}.{tree['cell']}.{tree['seed']}.{'0' * 16}.json").write_text(
+            json.dumps(tree, sort_keys=True, indent=1) + "\n"
+        )
+    return to
+
+
+@pytest.mark.slow
+def test_files_of_another_version_give_the_page_and_nothing_is_trained(
+    measured: Measured, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, folder = measured.grid, renamed(measured.folder, tmp_path / "old")
+    with pytest.raises(Trained):
+        measure([grid], resources, folder=folder, tasks=NOTHING)
+    taken = from_files([grid], resources, folder)[grid.name]
+    assert grid_result(grid, scores_of(grid, taken)) == measured.shown
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json")))
+    options = ("--results", str(folder), "--from-files")
+    ran = CliRunner().invoke(
+        app, ["ablate", str(tmp_path / "grid.yaml"), *options, "--page", str(tmp_path / "grid.md")]
+    )
+    assert ran.exit_code == 0, ran.output
+    text = (tmp_path / "grid.md").read_text()
+    ours = {one.versions["vila-ops"] for one in taken}
+    assert len(ours) == 1
+    assert text.count(f"| {ours.pop()} |") == 4
+    assert not Path(resources.storage.store).exists()
+    for changes in (options[-1:], (*options, "--dry-run")):
+        ran = CliRunner().invoke(app, ["ablate", str(tmp_path / "grid.yaml"), *changes])
+        assert "--from-files reads the folder that --results names" in f"{ran.output}{ran.exception}"
+
+
+@pytest.mark.slow
+def test_what_files_lack_or_have_twice_is_named(measured: Measured, resources: Resources, tmp_path: Path) -> None:
+    grid, folder = measured.grid, renamed(measured.folder, tmp_path / "old")
+    for path in measured.folder.iterdir():
+        shutil.copy(path, folder)
+    assert from_files([grid], resources, folder)[grid.name] == measured.results  # those of this version
+    changed = grid.with_changes({"recipe.stages.sft.learning_rate": 1e-4})
+    with pytest.raises(ValueError, match=r"cell frozen of tiny-grid with seed 0 has 2 files, and none of this version"):
+        from_files([changed], resources, folder)
+    (folder / f"tiny-grid.trained.1.{'0' * 16}.json").unlink()
+    next(folder.glob("tiny-grid.trained.1.*")).unlink()
+    with pytest.raises(ValueError, match=r"1 of 4 cells and seeds have no file: tiny-grid\.trained\.1"):
+        from_files([grid], resources, folder)
+
+
+@pytest.mark.slow
+def test_a_file_names_the_cells_of_other_grids_that_use_it(
+    measured: Measured, resources: Resources, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(measured.folder, tmp_path / "results")
+    cells = {"mine": measured.grid.cells["trained"], "yours": measured.grid.cells["frozen"]}
+    other = measured.grid.with_changes({"name": "other", "cells": cells, "claims": []})
+    measure([other], resources, folder=folder, tasks=NOTHING)
+    assert len(list(folder.iterdir())) == 4
+    taken = from_files([other], resources, renamed(folder, tmp_path / "old"))["other"]
+    assert [(one.cell, one.seed) for one in taken] == [("mine", 0), ("yours", 0), ("mine", 1), ("yours", 1)]
+    by_name = {(one.cell, one.seed): one.model for one in measured.results}
+    assert [one.model for one in taken] == [by_name[cell, seed] for seed in (0, 1) for cell in ("trained", "frozen")]
+
+
+@pytest.mark.slow
+def test_files_of_different_versions_of_torch_are_told(
+    measured: Measured, resources: Resources, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(measured.folder, tmp_path / "results")
+    path = next(folder.glob("tiny-grid.trained.1.*"))
+    tree = json.loads(path.read_text())
+    own, tree["versions"]["torch"] = tree["versions"]["torch"], "1.0"
+    path.write_text(json.dumps(tree, sort_keys=True, indent=1) + "\n")
+    taken = measure([measured.grid], resources, folder=folder, tasks=NOTHING)[measured.grid.name]
+    told = f"different versions of torch: 1.0 (trained 1); {own} (frozen 0, trained 0, frozen 1)"
+    assert f"grid tiny-grid: results were made with {told}" in caplog.text
+    assert told in ablation.markdown(measured.shown, taken)
+    assert told in ablation.render(measured.shown, taken)
+
+
+def test_layers_have_the_interval_over_seeds_of_model_and_control() -> None:
+    """Student's t with one degree of freedom is 12.7062, and the standard error half the distance of two seeds: 0.1."""
+    points = {0: {"model": 0.2, "control": 0.1}, 1: {"model": 0.4, "control": 0.3}}
+    of = {"grid": "g", "cell": "c", "key": "k", "stage": "sft", "model": "m", "report": "r"}
+    empty: dict[str, Any] = {"metrics": (), "items": (), "scores": {}, "losses": {}, "tasks": (), "versions": {}}
+    results = []
+    for seed, values in points.items():
+        shown = {"name": "alignment", "layer": 7, "low": -9, "high": 9}
+        layers = [{**shown, "role": role, "value": value} for role, value in values.items()]
+        results.append(CellResult.model_validate({**of, **empty, "seed": seed, "layers": layers}))
+    model, control = ablation.layer_points(results)
+    assert (model["model"], model["role"], model["layer"], control["role"]) == ("c", "model", 7, "control")
+    assert [model[key] for key in ("value", "low", "high")] == pytest.approx([0.3, 0.3 - 1.27062, 0.3 + 1.27062])
+    assert [control[key] for key in ("value", "low", "high")] == pytest.approx([0.2, 0.2 - 1.27062, 0.2 + 1.27062])

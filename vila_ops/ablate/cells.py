@@ -42,6 +42,11 @@ class CellRun:
         names = list(self.run.recipe.stages)
         return names[: names.index(self.stage) + 1] if self.stage != BASE else []
 
+    @property
+    def name(self) -> str:
+        """GRID.CELL.SEED."""
+        return f"{self.grid}.{self.cell}.{self.seed}"
+
     def __str__(self) -> str:
         return f"cell {self.cell} of {self.grid} with seed {self.seed}"
 

@@ -5,13 +5,16 @@
 A file holds all that claims and page need, so that a machine with an empty store goes on where another one ended. It is
 found by its key, the fingerprint of what it depends on, whichever grid and cell it is named after. What would give
 other numbers has another key, and so another file. Of two commands that measure one cell at once the later one replaces
-the file of the other.
+the file of the other. A file names all cells that it was used for, so that a page can be made of it by a later version
+too, which gives other keys.
 """
 
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
+import vila_ops
 from vila_ops.ablate.cells import CellRun, fingerprint_of, speed_settings, stages_of
 from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport
@@ -40,6 +44,10 @@ POINTS = 500
 """Points of a loss; a longer one has the means of consecutive steps."""
 DIGITS = 7
 """Significant digits of scores and losses, which are computed in fp32."""
+OURS = "vila-ops"
+"""The key of our own version and commit among the versions."""
+NUMERIC = ("torch", "transformers")
+"""Packages of which another version may give other numbers."""
 log = logging.getLogger(__name__)
 
 
@@ -90,6 +98,8 @@ class CellResult(Config):
     grid: str
     cell: str
     seed: int
+    also: tuple[str, ...] = ()
+    """Other cells that are the same model measured on the same suite, as GRID.CELL.SEED."""
     key: str
     """Fingerprint of what the result depends on, see `fingerprint_of`."""
     stage: str
@@ -103,11 +113,17 @@ class CellResult(Config):
     scores: dict[str, ItemScores]
     """By metric, of those whose value is a mean or a ratio of sums."""
     layers: tuple[LayerPoint, ...]
+    """Of the model, and of its control where there is one."""
     losses: dict[str, tuple[tuple[int, float], ...]]
     """By stage, the training loss by step."""
     tasks: tuple[CellTask, ...]
     versions: dict[str, str]
-    """Of Python and of packages that results depend on."""
+    """Of Python, of packages that results depend on, and of vila-ops with its commit."""
+
+    @property
+    def names(self) -> set[str]:
+        """All cells that it is of, as GRID.CELL.SEED."""
+        return {f"{self.grid}.{self.cell}.{self.seed}", *self.also}
 
     def file_name(self) -> str:
         """The name of its file."""
@@ -133,11 +149,28 @@ def result_of(one: CellRun, report: EvalReport) -> CellResult:
         metrics=read.metrics,
         items=items,
         scores=scores,
-        layers=tuple(point for point in read.layers if point.role == "model"),
+        layers=read.layers,
         losses={checkpoint.stage: _losses(checkpoint) for checkpoint in trained},
         tasks=(*_stages(one, trained), _task("evaluate", read.suite, key, measuring)),
-        versions={"python": execution["python"], **execution["versions"]},
+        versions={"python": execution["python"], **execution["versions"], OURS: _ours()},
     )
+
+
+@functools.cache
+def _ours() -> str:
+    """Our version, with the last commit of the package where it runs from a checkout; + where files were changed."""
+    folder = Path(vila_ops.__file__).parent
+
+    def git(*options: str) -> str:
+        ran = subprocess.run(["git", *options, "--", "."], cwd=folder, capture_output=True, text=True, check=False)
+        return ran.stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h")
+        changed = "+" if commit and git("status", "--porcelain") else ""
+    except OSError:  # no git on this machine
+        return vila_ops.__version__
+    return f"{vila_ops.__version__} {commit}{changed}".strip()
 
 
 def _trained(one: CellRun) -> list[Checkpoint]:
@@ -267,13 +300,28 @@ def read_results(folder: Path) -> dict[str, CellResult]:
     Of two files with one fingerprint, such as those of two machines, the first by name counts. Raises ValueError for a
     file that is no result.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--results is {folder}, which is a file; name a folder")
     results: dict[str, CellResult] = {}
     names: dict[str, str] = {}
+    for name, one in _files(folder):
+        if one.key in results:
+            log.warning("%s and %s are of one model on one suite; %s counts", names[one.key], name, names[one.key])
+            continue
+        results[one.key], names[one.key] = one, name
+    return results
+
+
+def all_results(folder: Path) -> list[CellResult]:
+    """The results in a folder, in the order of their files. Raises ValueError for a file that is no result."""
+    return [one for _, one in _files(folder)]
+
+
+def _files(folder: Path) -> Iterator[tuple[str, CellResult]]:
+    """The results in a folder with the names of their files, in the order of these."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--results is {folder}, which is a file; name a folder")
     for path in sorted(folder.glob("*.json")):
         try:
-            one = CellResult.model_validate_json(path.read_bytes())
+            yield path.name, CellResult.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             why = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
@@ -281,14 +329,55 @@ def read_results(folder: Path) -> dict[str, CellResult]:
                 f"{path} is no result of a cell that this version reads ({why}); restore it, or move it away so that "
                 f"the cell runs again"
             ) from error
-        if one.key in results:
-            log.warning("%s and %s are of one model on one suite; %s counts", names[one.key], path.name, names[one.key])
-            continue
-        results[one.key], names[one.key] = one, path.name
-    return results
 
 
 def outdated(one: CellRun, results: Iterable[CellResult]) -> list[str]:
     """The files of a cell and seed, of which there is none with its fingerprint."""
-    key = one.grid, one.cell, one.seed
-    return [result.file_name() for result in results if (result.grid, result.cell, result.seed) == key]
+    return [result.file_name() for result in results if one.name in result.names]
+
+
+def results_by_name(runs: Sequence[CellRun], results: Iterable[CellResult]) -> list[CellResult]:
+    """The result of each run by grid, cell and seed, of whichever version made it.
+
+    Raises ValueError for runs without a result, and for one with several of which none has the run's fingerprint.
+    """
+    known = list(results)
+    found: list[CellResult] = []
+    missing: list[str] = []
+    for one in runs:
+        own = [result for result in known if one.name in result.names]
+        if len(own) > 1:
+            own = [result for result in own if result.key == fingerprint_of(one)] or own
+        if len(own) > 1:
+            raise ValueError(
+                f"{one} has {len(own)} files, and none of this version: "
+                f"{', '.join(of.file_name() for of in own)}; move all but one of them away"
+            )
+        if own:
+            found.append(as_of(one, own[0]))
+        else:
+            missing.append(one.name)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(runs)} cells and seeds have no file: {', '.join(missing)}; without --from-files "
+            f"they are trained"
+        )
+    return found
+
+
+def as_of(one: CellRun, result: CellResult) -> CellResult:
+    """A result, which another cell may have left, under the name of a cell."""
+    return result.with_changes({"grid": one.grid, "cell": one.cell, "seed": one.seed, "also": ()})
+
+
+def other_versions(results: Sequence[CellResult]) -> list[str]:
+    """A line for each package of which results were made with several versions, and may differ by that."""
+    lines = []
+    for package in NUMERIC:
+        cells: dict[str, list[str]] = {}
+        for one in results:
+            cells.setdefault(one.versions.get(package, "unknown"), []).append(f"{one.cell} {one.seed}")
+        if len(cells) > 1:
+            told = "; ".join(f"{version} ({', '.join(own)})" for version, own in sorted(cells.items()))
+            lines.append(f"results were made with different versions of {package}: {told}")
+    return lines

@@ -37,11 +37,15 @@ def ablate(
         ),
     ] = None,
     page: Annotated[Path | None, typer.Option("--page", help="The page of one grid to write, .html or .md")] = None,
+    only_files: Annotated[
+        bool,
+        typer.Option("--from-files", help="Take all results from --results, of any version of vila-ops; train nothing"),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train and measure each recipe of grids with every seed, and decide their claims. A stopped command goes on."""
     from vila_ops.ablate.cells import runs_of_all
-    from vila_ops.ablate.measure import measure
+    from vila_ops.ablate.measure import from_files, measure
     from vila_ops.ablate.results import read_results, scores_of
     from vila_ops.ablate.verdicts import grid_result
     from vila_ops.config.grid import load_grid
@@ -52,6 +56,10 @@ def ablate(
     if (dry_run and page) or (lengths and not dry_run):
         idle, way = ("--page", "remove it") if dry_run else ("--lengths", "add --dry-run, or remove it")
         raise ValueError(f"{idle} has no effect {'with' if dry_run else 'without'} --dry-run; {way}")
+    if only_files and (dry_run or results is None):
+        raise ValueError(
+            "--from-files reads the folder that --results names and runs nothing; name it, without --dry-run"
+        )
     if page and len(wanted) > 1:
         raise ValueError(f"--page is the page of one grid, and {len(wanted)} are given; write one page at a time")
     if dry_run:
@@ -68,7 +76,10 @@ def ablate(
         from vila_ops.report import ablation
 
         ablation.check(page)
-    measured = measure(wanted, loaded, folder=results)
+    if only_files and results:
+        measured = from_files(wanted, loaded, results)
+    else:
+        measured = measure(wanted, loaded, folder=results)
     shown: list[GridResult] = []
     faults: list[str] = []
     for grid in wanted:

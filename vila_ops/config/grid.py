@@ -65,6 +65,8 @@ class Grid(Config):
     metrics: tuple[str, ...] = Field(min_length=1)
     """Metrics of the final suite's report that are shown."""
     claims: tuple[Claim, ...] = ()
+    proxies: str = ""
+    """What the metrics stand for, and of what; the page has it beside the paper's numbers."""
     resamples: PositiveInt = 10_000
     """Of the bootstrap over groups of items."""
 

@@ -3,17 +3,17 @@
 `render` and `markdown` are pure functions of the results of cells, which are the same from a store and from files.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup
 
-from vila_ops.ablate.results import CellResult, CellTask
-from vila_ops.ablate.verdicts import ClaimResult, Estimate, GridResult, MetricResult
+from vila_ops.ablate.results import OURS, CellResult, CellTask, other_versions
+from vila_ops.ablate.verdicts import ClaimResult, Estimate, GridResult, MetricResult, over_seeds
 from vila_ops.artifacts import output
-from vila_ops.eval.report import LayerPoint
 from vila_ops.report import curves, layers
 from vila_ops.report.page import smoothed, thin
 from vila_ops.report.panels import Panel, ReportRow, forest
@@ -25,6 +25,7 @@ BEGINS = {".html": output.HTML, ".md": output.MARK}
 TONES = {"shown": "good", "not shown": "", "contradicted": "bad"}
 """The colour of a verdict."""
 ALL = "all cells, each task once"
+NONE: Mapping[str, str] = MappingProxyType({})
 Json = dict[str, Any]
 
 
@@ -47,10 +48,26 @@ def check(page: Path) -> None:
 
 
 def write(page: Path, result: GridResult, cells: Sequence[CellResult]) -> None:
-    """Write the page of a grid in the form of its suffix. Raises ValueError as `check` does."""
+    """Write the page of a grid in the form of its suffix, with its drawings as files beside one in Markdown.
+
+    Raises ValueError as `check` does.
+    """
     check(page)
-    text = (render if page.suffix == ".html" else markdown)(result, cells)
-    output.write_file(page, text, begins=BEGINS[page.suffix])
+    if page.suffix == ".html":
+        output.write_file(page, render(result, cells), begins=BEGINS[page.suffix])
+        return
+    names = {}
+    for title, svg in drawings(cells).items():
+        names[title] = f"{page.stem}.{title}.svg"
+        output.write_file(page.with_name(names[title]), output.MARK + svg, begins=output.MARK)
+    output.write_file(page, markdown(result, cells, images=names), begins=BEGINS[page.suffix])
+
+
+def drawings(cells: Sequence[CellResult]) -> dict[str, str]:
+    """An SVG with the losses of each stage, and one of the layers, by stage and as `layers`."""
+    drawn = {stage: curves.draw(lines, legend=True) for stage, lines in losses_of(cells).items()}
+    drawn["layers"] = layers.draw(layer_points(cells))
+    return {title: svg for title, svg in drawn.items() if svg}
 
 
 def render(result: GridResult, cells: Sequence[CellResult]) -> str:
@@ -73,6 +90,8 @@ def render(result: GridResult, cells: Sequence[CellResult]) -> str:
         layers=Markup(drawn) if drawn else None,
         costs=costs_of(cells),
         cells=cells,
+        ours=OURS,
+        other_versions=other_versions(cells),
         counted={verdict: sum(one.verdict == verdict for one in result.claims) for verdict in TONES},
     )
 
@@ -126,26 +145,17 @@ def _smooth(one: CellResult, stage: str) -> list[curves.Step]:
 
 
 def layer_points(cells: Sequence[CellResult]) -> list[Json]:
-    """Each layer's mean over seeds, with the widest of their intervals, as `layers.draw` takes it."""
-    own: dict[tuple[str, int], list[LayerPoint]] = {}
+    """Each layer's mean over seeds with its interval over seeds, as `layers.draw` takes it."""
+    own: dict[tuple[str, str], dict[int, list[float]]] = {}
     for one in cells:
         for point in one.layers:
-            own.setdefault((one.cell, point.layer), []).append(point)
+            own.setdefault((one.cell, point.role), {}).setdefault(point.layer, []).append(point.value)
     return [
-        {
-            "model": cell,
-            "role": "model",
-            "layer": layer,
-            "value": sum(point.value for point in points) / len(points),
-            "low": min(point.low for point in points),
-            "high": max(point.high for point in points),
-        }
-        for (cell, layer), points in sorted(own.items(), key=lambda item: _place(item[0], cells))
+        {"model": cell, "role": role, "layer": layer, "value": mean.value, "low": mean.low, "high": mean.high}
+        for (cell, role), line in own.items()
+        for layer, values in sorted(line.items())
+        for mean in [over_seeds(values)]
     ]
-
-
-def _place(of: tuple[str, int], cells: Sequence[CellResult]) -> tuple[int, int]:
-    return next(number for number, one in enumerate(cells) if one.cell == of[0]), of[1]
 
 
 def costs_of(cells: Sequence[CellResult]) -> list[CostRow]:
@@ -167,20 +177,10 @@ def _cost(name: str, tasks: Iterable[CellTask]) -> CostRow:
     )
 
 
-def markdown(result: GridResult, cells: Sequence[CellResult]) -> str:
-    """The page as Markdown: its tables, without drawings."""
-    grid, (columns, printed) = result.grid, paper_table(result)
+def markdown(result: GridResult, cells: Sequence[CellResult], *, images: Mapping[str, str] = NONE) -> str:
+    """The page as Markdown. `images` has the places of its drawings, by their titles; without them it has tables."""
+    grid = result.grid
     first = next(iter(grid.cells))
-    ours = [f"{one.metric} ({'lower' if one.lower_is_better else 'higher'} is better)" for one in result.metrics]
-    parts = [
-        f"# {grid.title}",
-        f"Grid `{grid.name}`, seeds {', '.join(map(str, grid.seeds))}; 95 % intervals over seeds and items.",
-        "## Claims",
-        _table(["claim", "verdict", "metric", "cells", "advantage"], map(_claim, result.claims)),
-    ]
-    if columns:
-        parts += ["## The paper", _table(["cell", *columns], [[name, *row] for name, row in printed])]
-    values = [[cell, *(_interval(one.values[cell]) for one in result.metrics)] for cell in grid.cells]
     differences = [
         [cell, *(_interval(one.differences[cell], sign=True) for one in result.metrics)]
         for cell in list(grid.cells)[1:]
@@ -189,39 +189,79 @@ def markdown(result: GridResult, cells: Sequence[CellResult]) -> str:
         [one.name, f"{one.positions:,}", f"{one.hours:.2f}", f"{one.gpu_hours:.2f}", number(one.money)]
         for one in costs_of(cells)
     ]
-    losses = [
+    models = [
+        [
+            one.cell,
+            str(one.seed),
+            one.stage,
+            f"`{one.model[:12]}`",
+            f"`{one.report[:12]}`",
+            one.versions.get(OURS, DASH),
+        ]
+        for one in cells
+    ]
+    parts = [
+        f"# {grid.title}",
+        f"Grid `{grid.name}`, seeds {', '.join(map(str, grid.seeds))}; 95 % intervals over seeds and items.",
+        *(f"**{line[0].upper()}{line[1:]}.**" for line in other_versions(cells)),
+        "## Claims",
+        _table(["claim", "verdict", "metric", "cells", "advantage", "by seed"], map(_claim, result.claims)),
+        "## The paper and ours",
+        *([grid.proxies] if grid.proxies else []),
+        _beside(result),
+        f"## Minus {first}",
+        _table(["cell", *map(_titled, result.metrics)], differences),
+        "## Training loss",
+        *_images(images, losses_of(cells)),
+        _table(["stage", "cells", "first", "last"], _ends(cells)),
+        *_layers(cells, images),
+        "## What it took",
+        _table(["cell", "token positions", "hours", "GPU-hours", "money"], costs),
+        "## Models",
+        _table(["cell", "seed", "after", "model", "report", "vila-ops"], models),
+    ]
+    return output.MARK + "\n\n".join(parts) + "\n"
+
+
+def _beside(result: GridResult) -> str:
+    """The paper's numbers and ours in one table."""
+    columns, printed = paper_table(result)
+    rows = [[name, *row, *(_interval(one.values[name]) for one in result.metrics)] for name, row in printed]
+    return _table(["cell", *(f"paper: {column}" for column in columns), *map(_titled, result.metrics)], rows)
+
+
+def _titled(metric: MetricResult) -> str:
+    return f"{metric.metric} ({'lower' if metric.lower_is_better else 'higher'} is better)"
+
+
+def _ends(cells: Sequence[CellResult]) -> list[list[str]]:
+    """The first and the last loss of each line."""
+    return [
         [stage, name, number(line[0][1]), number(line[-1][1])]
         for stage, lines in losses_of(cells).items()
         for name, line in lines.items()
         if line
     ]
-    deep: dict[str, list[str]] = {}
+
+
+def _layers(cells: Sequence[CellResult], images: Mapping[str, str]) -> list[str]:
+    """The section on layers; nothing where none was measured."""
+    lines: dict[str, list[str]] = {}
     for point in layer_points(cells):
-        deep[point["model"]] = [*deep.get(point["model"], []), number(point["value"])]
-    models = [[one.cell, str(one.seed), one.stage, f"`{one.model[:12]}`", f"`{one.report[:12]}`"] for one in cells]
-    parts += [
-        "## Ours",
-        _table(["cell", *ours], values),
-        f"## Minus {first}",
-        _table(["cell", *ours], differences),
-        "## Training loss",
-        _table(["stage", "cells", "first", "last"], losses),
-    ]
-    if deep:
-        parts += ["## Alignment by layer", *(f"- {cell}: {', '.join(line)}" for cell, line in deep.items())]
-    parts += [
-        "## What it took",
-        _table(["cell", "token positions", "hours", "GPU-hours", "money"], costs),
-        "## Models",
-        _table(["cell", "seed", "after", "model", "report"], models),
-    ]
-    return output.MARK + "\n\n".join(parts) + "\n"
+        name = point["model"] if point["role"] == "model" else f"{point['model']}, shuffled"
+        lines.setdefault(name, []).append(number(point["value"]))
+    told = [f"- {name}: {', '.join(line)}" for name, line in lines.items()]
+    return ["## Alignment by layer", *_images(images, ["layers"]), "\n".join(told)] if told else []
+
+
+def _images(places: Mapping[str, str], titles: Iterable[str]) -> list[str]:
+    return [f"![{title}]({places[title]})" for title in titles if title in places]
 
 
 def _claim(one: ClaimResult) -> list[str]:
+    by_seed = " ".join(map(signed, one.advantage.by_seed))
     claim = one.claim
-    cells = f"{claim.cell} over {claim.than}" + (f", by {claim.by:g}" if claim.by else "")
-    return [claim.says, one.verdict, claim.metric, cells, _interval(one.advantage, sign=True)]
+    return [claim.says, one.verdict, claim.metric, claim.compared(), _interval(one.advantage, sign=True), by_seed]
 
 
 def _interval(of: Estimate, *, sign: bool = False) -> str:

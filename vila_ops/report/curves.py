@@ -10,6 +10,8 @@ Step = tuple[int, float]
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
 """Margins, for the numbers of the axes."""
+LINE_HEIGHT = 20
+"""Of a name in the legend."""
 COLOURS = (
     ("--model", "#1d4fd8"),
     ("--control", "#b4500b"),
@@ -27,8 +29,8 @@ def mean_of(curves: Sequence[Sequence[Step]]) -> list[Step]:
     return [(step, sum(one[step] for one in by_step) / len(by_step)) for step in common]
 
 
-def draw(lines: Mapping[str, Sequence[Step]]) -> str | None:
-    """An SVG with a line of (step, loss) for each name; None without points."""
+def draw(lines: Mapping[str, Sequence[Step]], *, legend: bool = False) -> str | None:
+    """An SVG with a line of (step, loss) for each name; None without points. `legend`: with the names below."""
     points = [point for line in lines.values() for point in line]
     if not points:
         return None
@@ -42,10 +44,14 @@ def draw(lines: Mapping[str, Sequence[Step]]) -> str | None:
             f'<polyline points="{placed}" fill="none" stroke="{colour(number)}" stroke-width="2"{dash(number)}>'
             f"<title>{escape(name)}</title></polyline>"
         )
+    height = HEIGHT
+    if legend:
+        drawn += [_name(number, name) for number, name in enumerate(lines)]
+        height += LINE_HEIGHT * len(lines)
     told = "; ".join(f"{name} from {line[0][1]:.3f} to {line[-1][1]:.3f}" for name, line in lines.items() if line)
     style = 'font-family="system-ui, sans-serif" font-size="13" style="fill: var(--soft, #565e6c)"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" {style} '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" role="img" {style} '
         f'aria-label="{escape(f"Loss by step: {told}.")}">\n' + "\n".join(drawn) + "\n</svg>\n"
     )
 
@@ -59,6 +65,13 @@ def colour(number: int) -> str:
 def dash(number: int) -> str:
     """The dashes of a line by its number, where its colour is another line's too."""
     return ' stroke-dasharray="6 4"' if number >= len(COLOURS) else ""
+
+
+def _name(number: int, name: str) -> str:
+    """A line of the legend."""
+    y = HEIGHT + LINE_HEIGHT * number + 4
+    line = f'<line x1="{LEFT}" x2="{LEFT + 30}" y1="{y}" y2="{y}" stroke="{colour(number)}" stroke-width="2"'
+    return f'{line}{dash(number)}/><text x="{LEFT + 40}" y="{y + 4}">{escape(name)}</text>'
 
 
 def _tick(y: float, label: str) -> str:
