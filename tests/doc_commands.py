@@ -186,6 +186,9 @@ NOT_RUN = {
         "--lengths configs/lengths/vila.yaml",
     ),
     "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
+    "is run by tests/ablate/test_cells.py, with the grid tiny": (
+        "vila-ops ablate table1_demo --results docs/findings/results --from-files --page table1.md",
+    ),
     "is run by tests/ablate/test_cost.py, with the grid tiny": (
         "vila-ops ablate table1_demo --dry-run --lengths demo",
     ),
@@ -193,6 +196,7 @@ NOT_RUN = {
         "vila-ops ablate configs/grids/*_demo.yaml --results docs/findings/results --dry-run",
     ),
     "takes hours": (
+        "vila-ops ablate smoke",
         "vila-ops ablate pilot --results pilot",
         "vila-ops ablate table1_demo --page table1.html",
         "vila-ops ablate configs/grids/*_demo.yaml --results docs/findings/results",

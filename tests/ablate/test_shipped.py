@@ -7,10 +7,13 @@ import pytest
 from vila_ops.ablate.cells import CellRun, runs_of, stages_of
 from vila_ops.config import Resources
 from vila_ops.config.grid import Grid, load_grid
+from vila_ops.config.lengths import Lengths, load_lengths
+from vila_ops.plan import lengths as drawn
+from vila_ops.plan.plan import StagePlan, plan_run
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("table1", "table3", "table4", "table7", "table8", "table9", "image-first", "fewshot", "figure3")
-OTHERS = {"tiny", "pilot"}
+OTHERS = {"tiny", "pilot", "smoke"}
 SHIPPED = {path.stem for path in (ROOT / "configs/grids").glob("*.yaml")}
 # the paper's Tables 1, 3, 4, 7, 8 and 9 (arXiv 2312.07533v4), and 68.7 - 4.4 and 70.9 - 37.5 of its text
 PAPER = {
@@ -49,11 +52,21 @@ SAME = [
     (("table3", "mmc4"), ("table4", "mmc4-visual"), ("image-first", "interleaved")),
     (("table3", "coyo"), ("fewshot", "coyo")),
     (("fewshot", "frozen"), ("figure3", "frozen")),
+    (("table1", "base"), ("table3", "base"), ("fewshot", "base"), ("figure3", "base")),
 ]
 """Cells that are one model at the scale of the demo."""
-STAGES = {"align": 4, "pretrain": 12, "sft": 16}
+STAGES = {"align": 4, "pretrain": 13, "sft": 17}
 """Stages of all demo grids with one seed, counted by hand: align is linear or a Transformer, and of 112 pixels with and
-without merged patches; pretrain has 4 of parts and projectors, 4 of corpora, 2 of 112 pixels and 2 of tunings."""
+without merged patches; pretrain has 4 of parts and projectors, 4 of corpora, 2 of 112 pixels and 3 of tunings."""
+SMOKE = {
+    "transformer": ("table1", "c"),
+    "text": ("table4", "text"),
+    "112-linear": ("table7", "112-linear"),
+    "112-downsample": ("table7", "112-downsample"),
+    "visual-expert": ("table8", "visual-expert"),
+    "lora": ("table9", "lora"),
+}
+"""Cells of the grid smoke, and those of the tables that they try."""
 
 
 @pytest.fixture
@@ -76,7 +89,8 @@ def test_every_cell_is_a_recipe_that_measures_the_metrics(name: str, resources: 
     grid = load_grid(Path(name))
     assert list(first_seed(grid, resources)) == list(grid.cells)
     assert len(grid.seeds) >= 3 or name in OTHERS
-    assert grid.claims
+    assert grid.claims or name == "smoke"
+    assert grid.proxies or not name.endswith("_demo")
     assert grid.name == {"tiny": "tiny-grid"}.get(name, name.replace("_", "-"))
 
 
@@ -84,7 +98,7 @@ def test_every_cell_is_a_recipe_that_measures_the_metrics(name: str, resources: 
 @pytest.mark.parametrize("table", PAPER)
 def test_the_numbers_of_the_paper_are_those_of_its_tables(table: str, scale: str) -> None:
     cells = {NAMES.get(name, name): one.paper for name, one in load_grid(Path(f"{table}_{scale}")).cells.items()}
-    printed = {name: tuple(numbers.values()) for name, numbers in cells.items()}
+    printed = {name: tuple(numbers.values()) for name, numbers in cells.items() if numbers}
     assert printed == {name: numbers for name, numbers in PAPER[table].items() if name in printed}
     assert PAPER[table].keys() - printed.keys() <= ({"text"} if scale == "paper" else set())
 
@@ -109,7 +123,7 @@ def test_cells_of_the_demo_share_their_stages(resources: Resources) -> None:
                 of_stage[part.stage.name].add(part.at.key)
     for cells in SAME:
         assert len({tuple(found[cell]) for cell in cells}) == 1, cells
-    assert found["table3", "base"] == found["figure3", "base"] == []
+    assert found["table3", "base"] == []
     assert {name: len(keys) for name, keys in of_stage.items()} == STAGES
 
 
@@ -120,3 +134,49 @@ def test_cells_of_the_paper_share_stages_without_their_raw_data(resources: Resou
     assert keys["mmc4-visual"][2] != keys["mmc4-joint"][2]
     assert keys["mmc4-visual"][1] != keys["mmc4-coyo-visual"][1]
     assert len({own[0] for own in keys.values()}) == 1
+
+
+def test_two_steps_of_every_kind_of_cell_are_tried_on_validation(resources: Resources) -> None:
+    """The grid smoke has the settings of the tables' cells but for the number of steps."""
+    smoke = first_seed(load_grid(Path("smoke")), resources)
+    tables = {table: first_seed(load_grid(Path(f"{table}_demo")), resources) for table, _ in SMOKE.values()}
+    assert smoke.keys() == SMOKE.keys()
+    for cell, (table, of) in SMOKE.items():
+        tried, whole = smoke[cell].run.recipe, tables[table][of].run.recipe
+        steps = {f"stages.{name}.num_steps": stage.num_steps for name, stage in whole.stages.items()}
+        assert tried.with_changes(steps).stages == whole.stages, cell
+        assert (tried.model, tried.max_tokens) == (whole.model, whole.max_tokens)
+        assert {stage.num_steps for stage in tried.stages.values()} == {2}
+        assert (tried.final_suite.split, tried.final_suite.benchmarks) == ("validation", whole.final_suite.benchmarks)
+
+
+def test_adapters_have_ten_times_the_rate_of_full_tuning(resources: Resources) -> None:
+    cells = {cell: one.run.recipe.stages for cell, one in first_seed(load_grid(Path("table9_demo")), resources).items()}
+    for name in ("pretrain", "sft"):
+        lora, same, full = (cells[cell][name] for cell in ("lora", "lora-same-rate", "full"))
+        assert lora.peak_rate("language_model") == pytest.approx(10 * full.peak_rate("language_model"))
+        assert same.peak_rate("language_model") == full.peak_rate("language_model")
+        assert lora.peak_rate("projector") == same.peak_rate("projector") == full.peak_rate("projector")
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> Lengths:
+    """Those of the demo, with captions in place of questions for align."""
+    monkeypatch.setattr(drawn, "MOST_SAMPLES", 2**12)
+    return load_lengths(Path("demo"))
+
+
+def test_cells_of_one_table_see_as_many_images(resources: Resources, lengths: Lengths) -> None:
+    """Whatever they read beside them: text-only instructions in Table 4, longer images in Table 7."""
+
+    def planned(table: str, cell: str) -> dict[str, StagePlan]:
+        one = first_seed(load_grid(Path(f"{table}_demo")), resources)[cell]
+        return {plan.stage: plan for plan in plan_run(one.run, lengths).stages}
+
+    small, large = (planned("table7", cell) for cell in ("56-linear", "112-linear"))
+    for name in small:
+        assert large[name].images == pytest.approx(small[name].images, rel=0.05), name
+        assert large[name].steps == small[name].steps
+    visual, joint, text = (planned("table4", cell)["sft"] for cell in ("mmc4-visual", "mmc4-joint", "text"))
+    assert joint.images == pytest.approx(visual.images, rel=0.05)
+    assert text.samples == pytest.approx(joint.samples - joint.images, rel=0.05)  # one image in each visual sample
