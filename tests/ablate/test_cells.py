@@ -259,8 +259,9 @@ def test_a_machine_with_an_empty_store_takes_every_result_from_its_file(
     taken = measure([grid], resources, folder=measured.folder, tasks=NOTHING)[grid.name]
     assert not Path(resources.storage.store).exists()
     for suffix in ("html", "md"):
-        pages = [tmp_path / f"{name}.{suffix}" for name in ("store", "files")]
+        pages = [tmp_path / name / f"grid.{suffix}" for name in ("store", "files")]
         for page, results in zip(pages, (measured.results, taken), strict=True):
+            page.parent.mkdir(exist_ok=True)
             ablation.write(page, grid_result(grid, scores_of(grid, results)), results)
         assert pages[0].read_text() == pages[1].read_text()
     cells = {"mine": grid.cells["trained"], "yours": {"stage": "align"}}

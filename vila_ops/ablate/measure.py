@@ -69,8 +69,8 @@ def measure(
                     parents[one.grid] = own.enter_context(_parent(by_name[one.grid], resources)), own
                 suite, below = one.run.recipe.final_suite, context.below(parents[one.grid][0])
                 report = evaluate_stage(one.run, one.stage, suite, tasks=tasks, context=below)
-                also = [name for name in names[key] if name != one.name]
-                known[key] = result_of(one, report).with_changes({"also": also})
+                others = [name for name in names[key] if name != one.name]
+                known[key] = result_of(one, report).with_changes({"shared_with": others})
                 if folder:
                     write_result(folder, known[key])
                 log.info("%s is measured, %d of %d", one, number, len(runs))
@@ -86,7 +86,7 @@ def _name_all(folder: Path, known: Mapping[str, CellResult], names: Mapping[str,
     """Write the names of further cells into the files that they use."""
     for key, own in names.items():
         if key in known and (new := set(own) - known[key].names):
-            write_result(folder, known[key].with_changes({"also": [*known[key].also, *sorted(new)]}))
+            write_result(folder, known[key].with_changes({"shared_with": [*known[key].shared_with, *sorted(new)]}))
 
 
 def from_files(grids: Sequence[Grid], resources: Resources, folder: Path) -> dict[str, list[CellResult]]:

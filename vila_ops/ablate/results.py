@@ -98,7 +98,7 @@ class CellResult(Config):
     grid: str
     cell: str
     seed: int
-    also: tuple[str, ...] = ()
+    shared_with: tuple[str, ...] = ()
     """Other cells that are the same model measured on the same suite, as GRID.CELL.SEED."""
     key: str
     """Fingerprint of what the result depends on, see `fingerprint_of`."""
@@ -123,7 +123,7 @@ class CellResult(Config):
     @property
     def names(self) -> set[str]:
         """All cells that it is of, as GRID.CELL.SEED."""
-        return {f"{self.grid}.{self.cell}.{self.seed}", *self.also}
+        return {f"{self.grid}.{self.cell}.{self.seed}", *self.shared_with}
 
     def file_name(self) -> str:
         """The name of its file."""
@@ -367,7 +367,7 @@ def results_by_name(runs: Sequence[CellRun], results: Iterable[CellResult]) -> l
 
 def as_of(one: CellRun, result: CellResult) -> CellResult:
     """A result, which another cell may have left, under the name of a cell."""
-    return result.with_changes({"grid": one.grid, "cell": one.cell, "seed": one.seed, "also": ()})
+    return result.with_changes({"grid": one.grid, "cell": one.cell, "seed": one.seed, "shared_with": ()})
 
 
 def other_versions(results: Sequence[CellResult]) -> list[str]:

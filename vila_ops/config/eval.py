@@ -130,7 +130,7 @@ class Alignment(BenchmarkConfig):
 
     Chamfer similarity of pairwise cosines, after each layer (VILA, arXiv:2312.07533, Fig. 3). The metric is the mean
     over the deeper half of the layers, where the paper finds the effect of training the language model in pre-training.
-    With control `shuffled`, `alignment_margin` is that of the caption's own image less that of another one: states may
+    With control `shuffled`, `alignment_margin` is that of the matched image less that of the shuffled one: states may
     become alike whatever is shown.
     """
 

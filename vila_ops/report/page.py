@@ -74,7 +74,7 @@ METRICS = {
         direction="Higher is more similar; the paper reports it for language models that are trained in pre-training.",
     ),
     "alignment_margin": MetricText(
-        "Alignment: margin", "By how much a caption is more similar to its own image than to another one."
+        "Alignment: margin", "By how much a caption is more similar to the matched image than to the shuffled one."
     ),
     "new_names": MetricText(
         "New names",
