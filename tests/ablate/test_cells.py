@@ -489,19 +489,3 @@ def test_files_of_different_versions_of_torch_are_told(
     assert f"grid tiny-grid: results were made with {told}" in caplog.text
     assert told in ablation.markdown(measured.shown, taken)
     assert told in ablation.render(measured.shown, taken)
-
-
-def test_layers_have_the_interval_over_seeds_of_model_and_control() -> None:
-    """Student's t with one degree of freedom is 12.7062, and the standard error half the distance of two seeds: 0.1."""
-    points = {0: {"model": 0.2, "control": 0.1}, 1: {"model": 0.4, "control": 0.3}}
-    of = {"grid": "g", "cell": "c", "key": "k", "stage": "sft", "model": "m", "report": "r"}
-    empty: dict[str, Any] = {"metrics": (), "items": (), "scores": {}, "losses": {}, "tasks": (), "versions": {}}
-    results = []
-    for seed, values in points.items():
-        shown = {"name": "alignment", "layer": 7, "low": -9, "high": 9}
-        layers = [{**shown, "role": role, "value": value} for role, value in values.items()]
-        results.append(CellResult.model_validate({**of, **empty, "seed": seed, "layers": layers}))
-    model, control = ablation.layer_points(results)
-    assert (model["model"], model["role"], model["layer"], control["role"]) == ("c", "model", 7, "control")
-    assert [model[key] for key in ("value", "low", "high")] == pytest.approx([0.3, 0.3 - 1.27062, 0.3 + 1.27062])
-    assert [control[key] for key in ("value", "low", "high")] == pytest.approx([0.2, 0.2 - 1.27062, 0.2 + 1.27062])

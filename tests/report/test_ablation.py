@@ -63,7 +63,7 @@ def test_a_claim_has_its_verdict_and_advantage(html: str) -> None:
     assert row[1:] == [
         "shown",
         "accuracy",
-        "b over a, by 0.100",
+        "b over a, by 0.1",
         "+0.250 [+0.158, +0.342]",
         "+0.200 +0.200 +0.300 +0.300",
     ]
@@ -90,10 +90,45 @@ def test_cells_with_the_same_stage_share_its_line() -> None:
     assert lines["b"] == [(step, 3.0) for step in range(4)]  # the mean of both seeds
 
 
-def test_layers_are_the_mean_over_seeds_with_their_widest_interval() -> None:
+def test_layers_are_the_mean_over_seeds_with_its_interval_over_seeds() -> None:
+    """Student's t with one degree of freedom is 12.7062, and the standard error half the distance of two seeds."""
     first = ablation.layer_points(MEASURED)[0]
-    assert (first["model"], first["layer"]) == ("a", 0)
-    assert (first["value"], first["low"], first["high"]) == pytest.approx((0.15, 0.09, 0.22))
+    assert (first["model"], first["role"], first["layer"]) == ("a", "model", 0)
+    half = 12.7062 * 0.05
+    assert (first["value"], first["low"], first["high"]) == pytest.approx((0.15, 0.15 - half, 0.15 + half))
+
+
+def test_layers_of_shuffled_images_are_lines_of_their_own() -> None:
+    def both(one: CellResult) -> CellResult:
+        layers = [point.model_dump() for point in one.layers]
+        return one.with_changes({"layers": [*layers, *({**point, "role": "control"} for point in layers)]})
+
+    cells = [both(one) for one in MEASURED]
+    lines = [(point["model"], point["role"], point["layer"]) for point in ablation.layer_points(cells)]
+    assert lines == [(cell, role, layer) for cell in "ab" for role in ("model", "control") for layer in (0, 1)]
+    assert "- a, shuffled: 0.150, 0.300" in ablation.markdown(result(), cells)
+    assert "a, shuffled from 0.150 to 0.300" in ablation.render(result(), cells)
+
+
+def test_drawings_are_files_beside_a_page_in_markdown(tmp_path: Path) -> None:
+    ablation.write(tmp_path / "page.md", result(), MEASURED)
+    text = (tmp_path / "page.md").read_text()
+    for title in ("sft", "layers"):
+        assert f"![{title}](page.{title}.svg)" in text
+        assert (tmp_path / f"page.{title}.svg").read_text().startswith(f"{MARK}<svg ")
+    assert "![" not in ablation.markdown(result(), MEASURED)
+
+
+def test_the_page_says_by_what_it_measures_and_which_version_made_it(tmp_path: Path) -> None:
+    told = "Text skill is <a loss>."
+    cells = [one.with_changes({"versions": {"vila-ops": "0.1.0 abc", "torch": f"2.{one.seed}"}}) for one in MEASURED]
+    page = Page(ablation.render(result(proxies=told), cells))
+    text = ablation.markdown(result(proxies=told), cells)
+    differ = "different versions of torch: 2.0 (a 0, b 0); 2.1 (a 1, b 1)"
+    for one in (page.text, text):
+        assert told in one
+        assert differ in one
+        assert "0.1.0 abc" in one
 
 
 def test_the_page_loads_nothing_and_what_a_grid_says_is_only_text() -> None:
@@ -115,8 +150,10 @@ def test_a_grid_without_claims_losses_or_layers_has_a_page() -> None:
 def test_markdown_has_the_same_tables() -> None:
     text = ablation.markdown(result(), MEASURED)
     assert text.startswith(MARK)
-    assert "| b is better | shown | accuracy | b over a, by 0.1 | +0.250 [+0.158, +0.342] |" in text
-    assert "| a | – | 66.8 |" in text
+    by_seed = "+0.200 +0.200 +0.300 +0.300"
+    assert f"| b is better | shown | accuracy | b over a, by 0.1 | +0.250 [+0.158, +0.342] | {by_seed} |" in text
+    assert "| cell | paper: MMLU | paper: 0-shot | accuracy (higher is better) |" in text
+    assert "| a | – | 66.8 | 0.150 [" in text
     assert f"| {ablation.ALL} | 5,000 | 2.50 | 2.50 | 10.000 |" in text
     assert "| sft | a | 3.000 | 3.000 |" in text
 
