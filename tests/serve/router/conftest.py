@@ -124,8 +124,9 @@ class Setting:
         self.register = Register(str(folder / "register"))
         self.register.change(lambda _: ServiceState(stable=self.tracks[0]))
         self.stopped: list[Track] = []
+        self.stop: Callable[[Track], None] = self.stopped.append
         metrics = LocalProcess("tiny", Resources(launch="inline")).metrics
-        router = Router(self.register, self.stopped.append, metrics, upstream)
+        router = Router(self.register, lambda track: self.stop(track), metrics, upstream)
         self.url = stack.enter_context(listening(router, proxy_headers=False))
 
     def track(self, number: int, url: str) -> Track:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.types import Scope, Send
 from tests.serve.app.live import http, wait_until
 from tests.serve.router.conftest import Setting, answer, completion, plain
 from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.router.state import Track
 
 ANN = {"Authorization": "Bearer ann"}
 both = pytest.mark.parametrize("setting", ["http", "proxy"], indirect=True)
@@ -197,6 +199,29 @@ def test_a_retired_track_ends_when_its_last_stream_has_ended(setting: Setting) -
         assert [line for line in lines if line] == ["data: [DONE]"]
     wait_until(lambda: setting.stopped == [old])
     wait_until(lambda: setting.register.load().retired == ())
+
+
+def test_a_promotion_does_not_wait_for_a_track_that_takes_long_to_end(setting: Setting) -> None:
+    ending, end = threading.Event(), threading.Event()
+
+    def slowly(track: Track) -> None:
+        ending.set()
+        end.wait(60)
+        setting.stopped.append(track)
+
+    setting.stop = slowly
+    old, (stable, promoted) = setting.track(3, "http://127.0.0.1:9"), setting.tracks
+    setting.register.change(lambda state: state.with_changes({"retired": (old,)}))
+    assert ending.wait(60)
+    try:
+        setting.register.change(lambda state: state.with_changes({"stable": promoted, "retired": (old, stable)}))
+        wait_until(lambda: text(httpx.get(setting.url)) == "canary")
+        assert setting.stopped == []
+    finally:
+        end.set()
+    wait_until(lambda: setting.register.load().retired == ())
+    assert old in setting.stopped
+    assert stable in setting.stopped
 
 
 @both

@@ -120,7 +120,7 @@ class Router:
         track = self._stable()
         if await self._pass_on(track, request, send, outcome, final=True):
             return
-        await asyncio.to_thread(self._keeper.refresh)
+        await self._keeper.refresh()
         if not await self._pass_on(self._stable(), request, send, outcome, final=True):
             raise _unavailable()
 

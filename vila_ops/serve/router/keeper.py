@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -34,8 +34,7 @@ class Keeper:
         self.watch: CanaryWatch | None = None
         self._under_way: Counter[str] = Counter()
         self._retired_at: dict[str, float] = {}
-        self._state = ServiceState()
-        self.refresh()
+        self._adopt(register.load())
 
     @property
     def stable(self) -> Track | None:
@@ -61,24 +60,21 @@ class Keeper:
         finally:
             self._under_way[track.url] -= 1
 
-    def refresh(self) -> None:
+    async def refresh(self) -> None:
         """Read the register. Raises CorruptArtifact, and errors of the store."""
-        self._adopt(self._register.load())
+        self._adopt(await asyncio.to_thread(self._register.load))
 
     async def keep(self, upstream: Upstream) -> None:
-        """Follow the register and the canary until this task is cancelled."""
-        await asyncio.gather(self._follow(), self._probe(upstream))
+        """Follow the register and the canary until this task is cancelled.
+
+        Tracks end apart from that: a replica may take minutes to end, and a promotion does not wait for it.
+        """
+        await asyncio.gather(_repeat(self._follow), _repeat(self._end_retired), self._probe(upstream))
 
     async def _follow(self) -> None:
-        while True:
-            try:
-                self._adopt(await asyncio.to_thread(self._register.load))
-                if self.watch is not None and self.watch.verdict is not None:
-                    await self._take_back(self.watch)
-                await self._end_retired()
-            except (OSError, VilaError, TimeoutError) as error:  # the store or the cluster may be back soon
-                log.error("the state of the service is not followed: %s", error)
-            await asyncio.sleep(POLL_SECONDS)
+        await self.refresh()
+        if self.watch is not None and self.watch.verdict is not None:
+            await self._take_back(self.watch)
 
     async def _probe(self, upstream: Upstream) -> None:
         while True:
@@ -120,13 +116,23 @@ class Keeper:
 
     async def _end_retired(self) -> None:
         """End the retired tracks that are idle, or have been retired for longer than an answer may take."""
-        for track in self._state.retired:
-            limit = track.spec.service.request_timeout_seconds + SPARE_SECONDS
-            late = time.monotonic() - self._retired_at[track.url] > limit
-            if self._under_way[track.url] and not late:
-                continue
+        for track in [one for one in self._state.retired if self._may_end(one)]:
             await asyncio.to_thread(self._stop, track)
-            self._adopt(await asyncio.to_thread(self._register.change, partial(_without, track)))
+            await asyncio.to_thread(self._register.change, partial(_without, track))
+            self._adopt(_without(track, self._state))
+
+    def _may_end(self, track: Track) -> bool:
+        limit = track.spec.service.request_timeout_seconds + SPARE_SECONDS
+        return not self._under_way[track.url] or time.monotonic() - self._retired_at[track.url] > limit
+
+
+async def _repeat(step: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await step()
+        except (OSError, VilaError, TimeoutError) as error:  # the store or the cluster may be back soon
+            log.error("the state of the service is not followed: %s", error)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _without(ended: Track, state: ServiceState) -> ServiceState:
