@@ -207,8 +207,13 @@ def _mlflow(settings: LocalServers) -> Server:
     )
 
 
+def _mlflow_database(settings: LocalServers) -> str | None:
+    return _database(settings.mlflow_database, setting="mlflow_database", scheme="postgresql")
+
+
 def _mlflow_url(settings: LocalServers) -> str:
-    database = _database(settings.mlflow_database, setting="mlflow_database", scheme="postgresql")
+    """The database as SQLAlchemy takes it."""
+    database = _mlflow_database(settings)
     if database is None:
         return f"sqlite:///{root_of(settings) / 'mlflow.db'}"
     return database.replace("postgresql://", "postgresql+psycopg://", 1)  # SQLAlchemy 2.0 takes psycopg2 by default
@@ -331,12 +336,12 @@ def prepare(settings: LocalServers, name: Name) -> dict[str, str]:
         _prepare_prefect(settings)
     if name != "mlflow":
         return {}
-    if settings.mlflow_database is not None:
+    database = _mlflow_database(settings)
+    if database is not None:
         _require("psycopg", "mlflow_database")
-    url = _mlflow_url(settings)
-    upgrade_mlflow(settings, url, env(settings))
-    if settings.mlflow_database is not None and (file := root / "mlflow.db").exists():
-        take_over_mlflow(file, url, env(settings))
+    upgrade_mlflow(settings, _mlflow_url(settings), env(settings))
+    if database is not None and (file := root / "mlflow.db").exists():
+        take_over_mlflow(file, database, env(settings))
     password = _password(settings)
     if password is None:
         return {}

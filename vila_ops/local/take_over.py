@@ -46,8 +46,7 @@ Columns = dict[str, str]
 def take_over_mlflow(file: Path, url: str, env: Mapping[str, str]) -> None:
     """Copy MLflow's sqlite file into a database of PostgreSQL that has its tables. See `_take_over`."""
     upgrade = (sys.executable, "-c", UPGRADE)
-    place = url.replace("postgresql+psycopg://", "postgresql://", 1)
-    _take_over("mlflow", file, place, upgrade, {**env, "VILA_OPS_DATABASE": f"sqlite:///{_copy_of(file)}"})
+    _take_over("mlflow", file, url, upgrade, {**env, "VILA_OPS_DATABASE": f"sqlite:///{_copy_of(file)}"})
 
 
 def take_over_prefect(file: Path, url: str, env: Mapping[str, str]) -> None:
