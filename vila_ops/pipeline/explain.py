@@ -63,12 +63,8 @@ def works(steps: Iterable[Step]) -> bool:
 def explain(run: Run) -> list[Step]:
     """The tasks of a run in their order. Raises ValueError where raw files are missing, and CorruptArtifact."""
     recipe, steps = run.recipe, Steps(run)
-    model: Weights = steps.assemble(recipe.model)
     held_out: dict[TextFormat, Dataset] = {}
-    for stage in (BASE, *recipe.stages):
-        if stage != BASE:
-            data = steps.prepare(recipe.stages[stage].mixture, recipe.text(stage), f"stages.{stage}.mixture")
-            model = steps.train(stage, data, model)
+    for stage, model in steps.walk():
         text = suite_text(recipe, stage)
         if text not in held_out:
             held_out[text] = steps.prepare(recipe.final_suite.mixture, text, "final_suite.mixture")
@@ -127,17 +123,20 @@ class Steps:
         self._run, self._store = run, run.resources.storage.store
         self._made: dict[str, Artifact] = {}
 
-    def model_after(self, last: str) -> Weights:
-        """The model after a stage, with every stage before it."""
+    def walk(self) -> Iterator[tuple[str, Weights]]:
+        """The models from the first (`base`) to the last; the tasks of each are told when it is asked for."""
         recipe = self._run.recipe
-        check_stage(recipe, last, (BASE, *recipe.stages))
         model: Weights = self.assemble(recipe.model)
-        for name, stage in recipe.stages.items() if last != BASE else ():
+        yield BASE, model
+        for name, stage in recipe.stages.items():
             data = self.prepare(stage.mixture, recipe.text(name), f"stages.{name}.mixture")
             model = self.train(name, data, model)
-            if name == last:
-                break
-        return model
+            yield name, model
+
+    def model_after(self, last: str) -> Weights:
+        """The model after a stage, with every stage before it."""
+        check_stage(self._run.recipe, last, (BASE, *self._run.recipe.stages))
+        return next(model for stage, model in self.walk() if stage == last)
 
     def candidate(self) -> Weights:
         """The last stage's model on the final suite, and the champion that the gate compares it with."""
