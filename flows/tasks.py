@@ -23,7 +23,8 @@ from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
-from vila_ops.train.stage import job_of, stop_job, train_stage
+from vila_ops.train.stage import job_of, stop_job, trained
+from vila_ops.train.stage import train_stage as train
 
 DELAYS = (5.0, 30.0, 120.0, 300.0)
 """Seconds before each retry, at the least."""
@@ -58,6 +59,21 @@ def _task(function: Callable[P, R], *, name: str | None = None, retries: int = l
     )(function)
 
 
+def train_stage(
+    stage: Stage,
+    model: Model,
+    data: Dataset,
+    init: Checkpoint | Pretrained,
+    resources: Resources,
+    context: RunContext = NO_CONTEXT,
+) -> Checkpoint:
+    """The task of that name. The flow run names its job, which a sealed stage has not."""
+    job = job_of(stage, model, data, init, resources)
+    if job is not None and trained(stage, model, data, init, resources) is None:
+        follow(job)
+    return train(stage, model, data, init, resources, context)
+
+
 _train_stage = _task(train_stage, name="train {stage.name}")
 
 
@@ -75,8 +91,6 @@ def train_or_stop(
     """
     job = job_of(stage, model, data, init, resources)
     try:
-        if job is not None:
-            follow(job)
         return _train_stage(stage, model, data, init, resources, context)
     except TerminationSignal:
         if job is not None and cancelled():

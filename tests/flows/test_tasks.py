@@ -27,10 +27,9 @@ class Stage:
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> list[FollowedJob]:
-    """Jobs that were stopped. The stage is trained by JOB, which the flow run names."""
+    """Jobs that were stopped. The stage is trained by JOB."""
     jobs: list[FollowedJob] = []
     monkeypatch.setattr(tasks, "job_of", lambda *_: JOB)
-    monkeypatch.setattr(tasks, "follow", lambda job: None)
     monkeypatch.setattr(tasks, "stop_job", jobs.append)
     return jobs
 
@@ -71,6 +70,17 @@ def test_a_job_that_cannot_be_stopped_leaves_the_signal_as_it_is(
     assert [record.getMessage() for record in caplog.records] == told
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_flow_run_names_the_job_of_a_stage_that_is_not_sealed(sealed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[FollowedJob] = []
+    monkeypatch.setattr(tasks, "job_of", lambda *_: JOB)
+    monkeypatch.setattr(tasks, "trained", lambda *_: ANYTHING if sealed else None)
+    monkeypatch.setattr(tasks, "follow", named.append)
+    monkeypatch.setattr(tasks, "train", lambda *_: ANYTHING)
+    assert tasks.train_stage(ANYTHING, ANYTHING, ANYTHING, ANYTHING, Resources(launch="inline")) is ANYTHING
+    assert named == [JOB] * (not sealed)
+
+
 CANCELLED_IN_A_DELAY = """
 import os, signal, threading
 from prefect import flow
@@ -93,7 +103,7 @@ def unreachable(stage, *_):
 def cancelled():
     tasks.TASKS.train_stage(Stage(), "model", "data", "init", Resources(launch="inline"))
 
-tasks.job_of, tasks.follow, tasks.cancelled = (lambda *_: "the job"), (lambda _: None), (lambda: True)
+tasks.job_of, tasks.cancelled = (lambda *_: "the job"), (lambda: True)
 tasks.stop_job = lambda job: print("stopped", job)
 tasks._train_stage = tasks._task(unreachable)
 with prefect_test_harness(server_startup_timeout=300), capture_sigterm():
