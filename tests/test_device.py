@@ -188,14 +188,14 @@ def test_a_device_without_a_meaning_is_refused_when_the_settings_are_read() -> N
 )
 def test_a_cluster_is_asked_for_what_it_has(gpus: dict[str, float], wanted: Any, kind: str | None, given: str) -> None:
     resources = CLUSTER.with_changes({"accelerator_type": kind})
-    assert device_among(gpus, resources, wanted) == given
+    assert device_among(gpus, resources, wanted, grows=False) == given
     label = {"label_selector": {"ray.io/accelerator-type": kind}} if kind else {}
-    assert gpu_options(resources, device_among(gpus, resources, wanted)) == {"num_gpus": int(given != "cpu"), **label}
+    assert gpu_options(resources, given) == {"num_gpus": int(given != "cpu"), **label}
 
 
 def test_mixed_kinds_of_gpus_are_refused_and_named() -> None:
     with pytest.raises(ValueError, match=r"several kinds.*: 8 of A100, 4 of H100; set accelerator_type to one"):
-        device_among({"H100": 4.0, "A100": 8.0}, CLUSTER, "auto")
+        device_among({"H100": 4.0, "A100": 8.0}, CLUSTER, "auto", grows=True)
 
 
 @pytest.mark.parametrize(
@@ -212,4 +212,43 @@ def test_mixed_kinds_of_gpus_are_refused_and_named() -> None:
 )
 def test_a_gpu_that_no_node_has_may_join_later(gpus: dict[str, float], kind: str | None, message: str) -> None:
     with pytest.raises(ClusterFull, match=message):
-        device_among(gpus, CLUSTER.with_changes({"accelerator_type": kind}), "cuda")
+        device_among(gpus, CLUSTER.with_changes({"accelerator_type": kind}), "cuda", grows=False)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "kind", "given"),
+    [
+        ({}, "cuda", None, "cuda"),
+        ({}, "gpu", None, "gpu"),
+        ({}, "auto", "Intel-GPU-Max-1550", "xpu"),
+        ({"A100": 8.0}, "gpu", "H100", "gpu"),
+        ({}, "auto", None, "cpu"),  # nothing says that it would ever have one
+    ],
+)
+def test_a_cluster_that_may_grow_is_asked_for_what_it_has_not_yet(
+    gpus: dict[str, float], wanted: Any, kind: str | None, given: str
+) -> None:
+    assert device_among(gpus, CLUSTER.with_changes({"accelerator_type": kind}), wanted, grows=True) == given
+
+
+@pytest.mark.parametrize(
+    ("labels", "gpus", "ok", "says"),
+    [
+        ({}, 0, False, "the cluster at head:6379 has no GPU; add a node"),
+        ({}, 8, False, "8 GPUs in the cluster; the resources ask for 16$"),
+        ({"ray.io/node-group": "headgroup"}, 0, True, "0 GPUs in the cluster; .* ask for 16; workers wait until an"),
+        ({"ray.io/node-group": "headgroup"}, 8, True, "8 GPUs in the cluster; .* ask for 16; workers wait until an"),
+        ({"ray.io/node-group": "headgroup"}, 16, True, "16 GPUs in the cluster; the resources ask for 16$"),
+    ],
+)
+def test_gpus_that_an_autoscaler_may_add_are_no_fault(
+    labels: dict[str, str], gpus: int, ok: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KubeRay's nodes have the label; its group of GPU workers in infra/kubernetes has none before a worker waits."""
+    head = {"Alive": True, "Resources": {"CPU": 4.0}, "Labels": labels}
+    worker = {"Alive": True, "Resources": {"GPU": float(gpus)}, "Labels": labels}
+    monkeypatch.setattr("vila_ops.cluster.connect", lambda _: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [head, worker])
+    (finding,) = device_findings(CLUSTER.with_changes({"device": "cuda", "train.num_workers": 16}))
+    assert finding.ok == ok
+    assert re.search(says, finding.text)

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,9 @@ ACCELERATOR_TYPE = "ray.io/accelerator-type"
 """Ray's label of a node's GPUs."""
 UNLABELLED = "unnamed"
 """The kind of GPUs without that label."""
+NODE_GROUP = "ray.io/node-group"
+"""Ray's label of a node that KubeRay or Ray's cluster launcher started. Ray does not tell which other groups there are,
+nor whether an autoscaler adds nodes to them."""
 CONNECT_SECONDS = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
@@ -105,27 +108,29 @@ def device_on(resources: Resources, wanted: Device) -> Device:
     """The device that a worker is given, before it works; `auto` on a cluster becomes `cpu`, or what its GPUs are.
 
     Raises ValueError for a device that this process (inline) does not have, and for a cluster with several kinds of
-    GPUs. Raises ClusterFull for a cluster without the GPU, as a node may join.
+    GPUs. Raises ClusterFull for a cluster without the GPU, as a node may join; not for one that may grow by itself, as
+    Ray adds a node for a worker that waits.
     """
     if wanted == "cpu":
         return wanted
     if resources.launch == "inline":
         device_of(wanted)
         return wanted
-    return device_among(cluster_gpus(resources), resources, wanted)
+    nodes = live_nodes(resources)
+    return device_among(gpus_of(nodes), resources, wanted, grows=may_grow(nodes))
 
 
-def device_among(gpus: dict[str, float], resources: Resources, wanted: Device) -> Device:
+def device_among(gpus: Mapping[str, float], resources: Resources, wanted: Device, *, grows: bool) -> Device:
     """The device of a worker on a cluster with these numbers of GPUs by kind. Raises what `device_on` raises."""
     address, kind = resources.ray_address, resources.accelerator_type
     if not gpus and wanted == "auto" and kind is None:
         return "cpu"
     add = f"add a node with one (`ray start --num-gpus N --labels {ACCELERATOR_TYPE}=KIND` says what Ray does not find)"
-    if not gpus:
+    if not gpus and not grows:
         asked = f"device is {wanted}" + (f" and accelerator_type {kind}" if kind else "")
         raise ClusterFull(f"{asked}, but the cluster at {address} has no GPU; {add}, or set device to cpu")
     kinds = ", ".join(f"{number:g} of {name}" for name, number in sorted(gpus.items()))
-    if kind is not None and kind not in gpus:
+    if kind is not None and kind not in gpus and not grows:
         raise ClusterFull(
             f"accelerator_type is {kind}, but the GPUs of the cluster at {address} are {kinds}; {add}, or set "
             f"accelerator_type to one that is there"
@@ -135,19 +140,29 @@ def device_among(gpus: dict[str, float], resources: Resources, wanted: Device) -
             f"the GPUs of the cluster at {address} are of several kinds, and workers of one stage need one: {kinds}; "
             f"set accelerator_type to one of them"
         )
-    return device_named(kind or next(iter(gpus))) if wanted in ("auto", "gpu") else wanted
+    return device_named(kind or next(iter(gpus), UNLABELLED)) if wanted in ("auto", "gpu") else wanted
 
 
-def cluster_gpus(resources: Resources) -> dict[str, float]:
-    """The GPUs of the cluster's live nodes, in use or not, by Ray's name of their kind. Raises ClusterUnreachable."""
+def live_nodes(resources: Resources) -> list[Mapping[str, Any]]:
+    """The cluster's live nodes, as `ray.nodes` describes them. Raises ClusterUnreachable."""
     import ray
 
     connect(resources)
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The GPUs of nodes, in use or not, by Ray's name of their kind."""
     there: Counter[str] = Counter()
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["Alive"] and (gpus := node["Resources"].get("GPU", 0.0)):
+    for node in nodes:
+        if gpus := node["Resources"].get("GPU", 0.0):
             there[node["Labels"].get(ACCELERATOR_TYPE, UNLABELLED)] += gpus
     return dict(there)
+
+
+def may_grow(nodes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the cluster of these nodes may get others by itself, as far as Ray tells it: see NODE_GROUP."""
+    return any(NODE_GROUP in node["Labels"] for node in nodes)
 
 
 def gpu_options(resources: Resources, device: Device) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vila_ops.artifacts.store import root_of
-from vila_ops.cluster import connect, device_on, gpu_label, gpu_options
+from vila_ops.cluster import device_on, gpu_label, gpu_options, live_nodes
 from vila_ops.config import Resources
 from vila_ops.doctor.finding import Finding
 from vila_ops.doctor.node import MESSAGE_BYTES, PACKAGES, NodeProbe, NodeReport
@@ -37,9 +37,8 @@ def examine_cluster(resources: Resources) -> list[Finding]:
     """All checks of the cluster of the resources. Raises ClusterUnreachable, and ValueError with launch inline."""
     if resources.launch == "inline":
         raise ValueError("launch is inline, which has no cluster; give resources with launch ray or ray_job (-r FILE)")
-    connect(resources)
+    alive = live_nodes(resources)
     device = device_on(resources, resources.device)
-    alive = [one for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
     measured = [one for one in alive if has_device(one, device, gpu_label(resources, device))]
     options = {
         "num_cpus": 0,

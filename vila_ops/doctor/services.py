@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from vila_ops import tracking
 from vila_ops.artifacts.store import probe
-from vila_ops.cluster import cluster_gpus, device_on
+from vila_ops.cluster import device_on, gpus_of, live_nodes, may_grow
 from vila_ops.config import Resources, Run
 from vila_ops.device import describe, device_of
 from vila_ops.doctor.finding import Finding, tried
@@ -36,24 +36,32 @@ def serving(resources: Resources) -> Iterator[Finding]:
 
 
 def device_findings(resources: Resources) -> Iterator[Finding]:
-    """The device that the resources ask for: of this process with launch inline, else the GPUs of the cluster."""
+    """The device that the resources ask for: of this process with launch inline, else the GPUs of the cluster.
+
+    Those that a cluster lacks are no fault where it may get more nodes by itself: it has none before a worker waits.
+    """
     try:
         device = device_on(resources, resources.device)
         if resources.launch == "inline":
             yield Finding(ok=True, text=f"device {resources.device}: {describe(device_of(device))}")
             return
-        there = cluster_gpus(resources)
+        nodes = live_nodes(resources)
     except (ValueError, VilaError) as error:
         yield Finding(ok=False, text=f"device: {error}")
         return
     if device == "cpu":
         yield Finding(ok=True, text=f"device {resources.device}: workers compute on the CPUs of the cluster")
         return
-    usable = there[resources.accelerator_type] if resources.accelerator_type else sum(there.values())
+    there, kind = gpus_of(nodes), resources.accelerator_type
+    usable = there.get(kind, 0.0) if kind else sum(there.values())
     stages = [resources.train, *(resources.train.for_stage(name) for name in resources.train.stages)]
     needed = max(one.num_workers for one in stages)
     text = f"device {resources.device}: {usable:g} GPUs in the cluster; the resources ask for {needed}"
-    yield Finding(ok=usable >= needed, text=text)
+    if usable < needed and may_grow(nodes):
+        wait = "workers wait until an autoscaler adds the others; Ray does not tell whether one may"
+        yield Finding(ok=True, text=f"{text}; {wait}")
+    else:
+        yield Finding(ok=usable >= needed, text=text)
 
 
 def _engine(resources: Resources, kind: str) -> Iterator[Finding]:
