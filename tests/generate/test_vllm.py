@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vila_ops.generate.engine import (
     image_features_of,
     score_all,
 )
+from vila_ops.generate.json_grammar import grammar_of
 from vila_ops.generate.load import chosen, load_engine
 from vila_ops.generate.request import Delta, Prompt, Sampling
 from vila_ops.model.assemble import assemble
@@ -165,6 +167,30 @@ def test_an_answer_follows_a_json_schema_in_our_form(engine: Engine, prompts: li
     assert answer.finish_reason == "stop"
     jsonschema.validate(json.loads(text), schema)
     assert text == json.dumps(json.loads(text)), "one line, with the blanks of Python's json"
+
+
+def test_other_answers_go_on_while_a_schema_is_checked(
+    engine: Engine, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking, end = threading.Event(), threading.Event()
+
+    def held_up(schema: str) -> str:
+        checking.set()
+        assert end.wait(60)
+        return grammar_of(schema)
+
+    async def both() -> str:
+        schema = json.dumps({"type": "boolean"})
+        held = asyncio.create_task(
+            generate_output(engine, prompts[0], greedy(engine, 8, json_schema=schema), "with a schema")
+        )
+        assert await asyncio.to_thread(checking.wait, 60)
+        assert len(await deltas(engine, prompts[0], Sampling(3, frozenset()))) > 0
+        end.set()
+        return engine.tokenizer.decode((await held).ids)
+
+    monkeypatch.setattr("vila_ops.generate.vllm.grammar_of", held_up)
+    assert asyncio.run(both()) in ("true", "false")
 
 
 def test_the_image_token_is_never_drawn_and_a_bias_holds(engine: Engine, prompts: list[Prompt]) -> None:

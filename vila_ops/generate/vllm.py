@@ -155,9 +155,9 @@ class VllmAdapter:
     async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
         """As in `Engine`. Raises UnsupportedSetting for a temperature that vLLM would change."""
         check_request(prompt, sampling, request_id, self.tokenizer, self.context_length)
+        arguments = await self._prompt(prompt), await self._params(sampling), request_id
         if request_id in self._open:
             raise ValueError(f"request {request_id!r} is not finished; choose another id")
-        arguments = await self._prompt(prompt), self._params(sampling), request_id
         stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         here = asyncio.get_running_loop()
 
@@ -254,13 +254,13 @@ class VllmAdapter:
             stated |= {"multi_modal_data": {"image": decoded}, "multi_modal_uuids": {"image": names}}
         return stated
 
-    def _params(self, sampling: Sampling) -> SamplingParams:
+    async def _params(self, sampling: Sampling) -> SamplingParams:
         if 0 < sampling.temperature < COLDEST:
             text = f"{sampling.temperature} is below {COLDEST}, the lowest at which vLLM draws; use 0 for the likeliest"
             raise UnsupportedSetting("temperature", text)
         schema = None
         if sampling.json_schema is not None:
-            grammar_of(sampling.json_schema)  # refuses what llguidance would ignore
+            await asyncio.to_thread(grammar_of, sampling.json_schema)  # refuses what llguidance would ignore
             schema = StructuredOutputsParams(json=json.loads(sampling.json_schema) | {"x-guidance": ONE_LINE})
         return SamplingParams(
             max_tokens=sampling.max_new_tokens,
