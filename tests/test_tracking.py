@@ -1,5 +1,6 @@
 """What MLflow is told arrives once and in order, whatever becomes of the server or of who tells it."""
 
+import errno
 import json
 import os
 import shutil
@@ -376,6 +377,67 @@ def test_a_full_disk_loses_metrics_and_nothing_else(resources: Resources, away: 
     lines = file.read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"}\n") and json.loads(line) for line in lines)
     assert 900 < file.stat().st_size <= 1000
+
+
+class FullDisk:
+    """Makes writes of files of entries fail halfway, while it is `full`."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._honest = os.pwrite
+
+    def pwrite(self, file: int, text: bytes, at: int) -> int:
+        if not self.full:
+            return self._honest(file, text[:50], at)  # which may write less than it was asked to
+        self._honest(file, text[: len(text) // 2], at)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    disk = FullDisk()
+    monkeypatch.setattr(os, "pwrite", disk.pwrite)
+    return disk
+
+
+def test_what_a_full_disk_does_not_take_is_kept_behind_the_rest_and_sent_from_memory(
+    resources: Resources, disk: FullDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox, "SEND_SECONDS", 600)
+    run_id = begin(resources)
+    with MetricLog(resources, run_id) as metrics:
+        for step in range(12):
+            disk.full = step in (3, 4, 9, 10, 11)
+            metrics.log_once({"loss": step / 8}, step=step)
+            (file,) = kept(resources)
+            steps = [json.loads(line)["once"][0][3] for line in file.read_text().splitlines()]
+            assert steps == list(range({3: 3, 4: 3, 9: 9, 10: 9, 11: 9}.get(step, step + 1)))
+    assert [(one.step, one.value) for one in history(resources, run_id)] == [(n, n / 8) for n in range(12)]
+    assert kept(resources) == []
+    assert caplog.text.count("only in memory: [Errno 28]") == 1
+    assert "are lost" not in caplog.text
+
+
+def test_a_run_ends_also_where_no_file_can_be_made(resources: Resources, caplog: pytest.LogCaptureFixture) -> None:
+    run_id, folder = begin(resources), resources.storage.scratch() / "metrics"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("as a disk that has turned read-only, it takes no file")
+    with MetricLog(resources, run_id) as metrics:
+        metrics.log({"loss": 2.5}, step=1)
+    tracking.end_run(resources, run_id, "FAILED")
+    run = MlflowClient(resources.tracking.uri).get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FAILED", {"loss": 2.5})
+    assert caplog.text.count("only in memory: [Errno") == 2
+
+
+def test_entries_that_no_disk_takes_and_no_server_are_told_as_lost(
+    resources: Resources, away: Resources, disk: FullDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.full = True
+    with MetricLog(away, begin(resources)) as metrics:
+        for step in range(5):
+            metrics.log({"loss": 2.5}, step=step)
+    assert "the last 5 entries of " in caplog.text
 
 
 def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(away: Resources) -> None:

@@ -4,10 +4,11 @@ FOLDER/RUN.TRACKER.TOKEN.jsonl   one line for each entry that MLflow has not ack
 
 TRACKER is a hash of the tracking URI: another MLflow, on the same store, that does not have the run leaves the file.
 
-So training neither waits for MLflow nor stops with it. Lines are sent in order. A line whose answer was lost is sent
-again, which changes nothing: a metric's key in MLflow's store is run, name, step, time and value. If a writer was
-killed, or MLflow did not answer at its end, the next writer in the same folder sends the rest. A step that is done
-again after a kill has another time, so of what is logged by `log_once` only the steps are sent that MLflow lacks.
+So training neither waits for MLflow nor stops with it. What a full disk does not take waits in memory. Lines are sent
+in order. A line whose answer was lost is sent again, which changes nothing: a metric's key in MLflow's store is run,
+name, step, time and value. If a writer was killed, or MLflow did not answer at its end, the next writer in the same
+folder sends the rest. A step that is done again after a kill has another time, so of what is logged by `log_once` only
+the steps are sent that MLflow lacks.
 """
 
 import base64
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,7 @@ BATCH = 500
 CHECKSUM = "crc32"
 """Field of a line with the CRC-32 of the others."""
 PIECE = 2**18
-"""Bytes of the file that are read and sent at a time."""
+"""Bytes of the file that are read and sent at a time; more where a line has more."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run ended."""
 Entry = dict[str, Any]
@@ -119,7 +120,7 @@ class MetricLog:
             self._spool.put(entry)
         except OSError as error:
             if not self._full:
-                log.warning("entries for MLflow cannot be kept in %s and are lost: %s", self._spool.path, error)
+                log.warning("entries for MLflow cannot be kept in %s, only in memory: %s", self._spool.path, error)
             self._full = True
 
     def _send_till_closed(self) -> None:
@@ -141,9 +142,9 @@ class MetricLog:
         from mlflow.exceptions import MlflowException  # heavy
 
         try:
-            for entries, size in spool.pieces():
+            for entries, lines in spool.pieces():
                 deliver(self._uri, run_id, entries)
-                spool.sent(size)
+                spool.sent(lines)
         except (MlflowException, OSError) as error:
             if not self._away:
                 log.warning(
@@ -200,23 +201,30 @@ class MetricLog:
 
 
 class Spool:
-    """A file of entries that wait to be sent, locked while it is open."""
+    """A file of entries that wait to be sent, locked while it is open. What its disk does not take waits in memory."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None) -> None:
+        """`file`: None where the disk takes none."""
         self.path = path
         self._file = file
-        self._end = os.fstat(file.fileno()).st_size
+        self._end = 0 if file is None else os.fstat(file.fileno()).st_size
         self._sent = 0
+        self._unwritten: list[bytes] = []
+        """Lines that come after those of the file."""
         self._lock = threading.Lock()
 
     @classmethod
     def new(cls, path: Path) -> Self:
         """A new file. It gets its name when it is locked, so that no other writer takes it for an abandoned one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        file = draft.open("x+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        draft.rename(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = draft.open("x+b")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            draft.rename(path)
+        except OSError as error:  # such as the disk whose fault ended the run
+            log.warning("entries for MLflow cannot be kept in %s, only in memory: %s", path, error)
+            return cls(path, None)
         return cls(path, file)
 
     @classmethod
@@ -234,29 +242,50 @@ class Spool:
         return cls(path, file)
 
     def put(self, entry: Entry) -> None:
-        """Append an entry. Raises OSError, and then leaves the file as it was."""
+        """Append an entry. Raises OSError, and then leaves the file as it was; the next `put` tries again.
+
+        So the file has a first part of what was put, without a gap: no step that is told hides a lost one before it
+        from the next attempt, see `MetricLog.log_once`.
+        """
         line = json.dumps({**entry, CHECKSUM: _checksum(entry)}).encode() + b"\n"
         with self._lock:
-            self._file.seek(self._end)
-            try:
-                self._file.write(line)
-                self._file.flush()
-            except OSError:
-                os.ftruncate(self._file.fileno(), self._end)
-                raise
-            self._end += len(line)
+            self._unwritten.append(line)
+            if self._file is not None:
+                self._write(self._file.fileno())
+
+    def _write(self, file: int) -> None:
+        text, written = b"".join(self._unwritten), 0
+        try:
+            while written < len(text):
+                written += os.pwrite(file, text[written:], self._end + written)
+        except OSError:
+            os.ftruncate(file, self._end)
+            raise
+        self._end += len(text)
+        self._unwritten.clear()
 
     def waits(self) -> bool:
-        """Whether the file holds an entry that was not sent."""
-        return self._sent < self._end
+        """Whether there is an entry that was not sent."""
+        return self._sent < self._end or bool(self._unwritten)
 
-    def pieces(self) -> Iterator[tuple[list[Entry], int]]:
-        """The waiting entries, about PIECE bytes at a time, with their size. Call `sent` before the next piece."""
+    def pieces(self) -> Iterator[tuple[list[Entry], list[bytes]]]:
+        """The waiting entries, about PIECE bytes at a time, with their lines. Call `sent` before the next piece."""
         while self.waits():
             with self._lock:
-                self._file.seek(self._sent)
-                lines = self._file.readlines(PIECE)
-            yield [entry for line in lines if (entry := self._entry(line)) is not None], sum(map(len, lines))
+                lines = self._next_lines()
+            yield [entry for line in lines if (entry := self._entry(line)) is not None], lines
+
+    def _next_lines(self) -> list[bytes]:
+        """The last one may be a part, which a killed writer left."""
+        if self._file is None or self._sent == self._end:
+            return list(self._unwritten)
+        size = PIECE
+        while True:
+            text = os.pread(self._file.fileno(), size, self._sent)
+            whole = text.rfind(b"\n") + 1
+            if whole or len(text) < size:
+                return text[: whole or len(text)].splitlines(keepends=True)
+            size *= 2
 
     def _entry(self, line: bytes) -> Entry | None:
         """The entry of a line; None if it is damaged, or if a killed writer left a part of it."""
@@ -269,20 +298,25 @@ class Spool:
         log.warning("a line of %s is not whole and is not sent to MLflow: %r", self.path, line[:80])
         return None
 
-    def sent(self, size: int) -> None:
-        """Mark the next `size` bytes as sent. A file that is sent in full is emptied."""
+    def sent(self, lines: Sequence[bytes]) -> None:
+        """Mark the next lines as sent. A file that is sent in full is emptied."""
         with self._lock:
-            self._sent += size
+            if self._file is None or self._sent == self._end:
+                del self._unwritten[: len(lines)]
+                return
+            self._sent += sum(map(len, lines))
             if self._sent == self._end:
-                self._file.seek(0)
-                self._file.truncate()
+                os.ftruncate(self._file.fileno(), 0)
                 self._sent = self._end = 0
 
     def close(self) -> None:
         """Close the file, and remove it if no entry waits in it."""
-        if not self.waits():
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+        if self._unwritten:
+            log.warning("the last %d entries of %s are lost: it has none of them", len(self._unwritten), self.path)
+        if self._file is not None:
+            if self._sent == self._end:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
 
 
 def _checksum(entry: Entry) -> int:
@@ -339,7 +373,10 @@ def _send_files(client: Any, run_id: str, entries: Iterable[Entry]) -> None:
 
 
 def connect(tracking_uri: str) -> tuple[Any, Any]:
-    """MLflow's client and entities. A call to a server that does not answer fails within seconds."""
+    """MLflow's client and entities.
+
+    A call to a server that is away fails within seconds, and within six minutes where it takes the call and hangs.
+    """
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we print artifact references there
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient, entities

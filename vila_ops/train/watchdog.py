@@ -75,7 +75,10 @@ class StepWatchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        self._heartbeat_file().unlink(missing_ok=True)
+        try:
+            self._heartbeat_file().unlink(missing_ok=True)
+        except OSError as error:  # of a disk that has turned read-only; the stage's own error says more
+            log.warning("rank %d could not remove its heartbeat: %s", self.rank_info.rank, error)
 
     def heartbeat(self, step: int, phase: Phase) -> None:
         """Signal that the rank begins a phase after `step` steps, or has made progress in it."""
