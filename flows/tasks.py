@@ -1,7 +1,7 @@
 """The tasks as Prefect tasks with names and retries. The store is the cache, so Prefect's result cache is off.
 
-What another try may help is tried again after 5 s, 30 s, 2 minutes and 5 minutes or somewhat later, drawn at random. So
-a store or a server that is away for some minutes fails no run, and many runs do not come back at once.
+What another try may help is tried again after 5 s, 30 s, 2 minutes and twice 5 minutes, or somewhat later, drawn at
+random. So a store or a server that is away for ten minutes fails no run, and many runs do not come back at once.
 """
 
 import logging
@@ -26,7 +26,7 @@ from vila_ops.serve.deploy import deploy
 from vila_ops.train.stage import job_of, stop_job, trained
 from vila_ops.train.stage import train_stage as train
 
-DELAYS = (5.0, 30.0, 120.0, 300.0)
+DELAYS = (5.0, 30.0, 120.0, 300.0, 300.0)
 """Seconds before each retry, at the least."""
 JITTER = 0.5
 """The largest share of a delay that is added to it."""

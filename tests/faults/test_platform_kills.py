@@ -61,8 +61,8 @@ TRAINED, OUTRUN = "trained {}: ", "was sealed by another attempt first"
 """How lines of the log begin when a stage has been sealed, and what they say where another attempt was first."""
 START_SECONDS = 600.0
 """The longest time until a server, a node or a flow run is there."""
-BACKOFF_SECONDS = 1.5 * (5 + 30 + 120 + 300)
-"""What the four pauses before a task is tried again take together at most (docs/operations.md)."""
+BACKOFF_SECONDS = 1.5 * (5 + 30 + 120 + 300 + 300)
+"""What the five pauses before a task is tried again take together at most (docs/operations.md)."""
 Digests = dict[str, str]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 + 600 * KILLS)]
 
