@@ -1,13 +1,17 @@
-"""Fixtures that start hundreds of processes."""
+"""Fixtures that start hundreds of processes, or make stores fail."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.forks import Fork
+from tests.s3_servers import Proxy
 from vila_ops.config import Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
@@ -58,3 +62,32 @@ def make_trial(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Resume
         )
 
     return make
+
+
+@pytest.fixture
+def proxy(s3_store: str, moto_endpoint: str, aws: Callable[..., None]) -> Iterator[Proxy]:
+    """A proxy between boto3 and moto."""
+    server = Proxy(moto_endpoint)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    aws(server.endpoint)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of some bytes."""
+    disk = tmp_path / "disk"
+    with contextlib.ExitStack() as stack:
+
+        def make(size: int) -> Path:
+            disk.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk]
+            mounted = subprocess.run(mount, capture_output=True, check=False)
+            if mounted.returncode:
+                pytest.skip(f"no right to mount: {mounted.stderr.decode().strip()}")
+            stack.callback(subprocess.run, ["umount", "--lazy", disk], check=True)  # a traceback may hold its files
+            return disk
+
+        yield make

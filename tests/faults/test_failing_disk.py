@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,10 @@ def _check(case: dict[str, Any]) -> None:
         assert case["after"] == 2, case
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of DISK_BYTES."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no right to mount: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_and_a_read_only_disk(small_disk: Path, make_resources: Callable[..., Resources]) -> None:
+def test_a_full_and_a_read_only_disk(
+    make_disk: Callable[[int], Path], make_resources: Callable[..., Resources]
+) -> None:
+    small_disk = make_disk(DISK_BYTES)
     resume = small_disk / "resume"
 
     def attempt() -> Checkpointer:

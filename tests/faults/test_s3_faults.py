@@ -9,7 +9,7 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -37,20 +37,12 @@ IN_A_ROW = 3
 """Most consecutive faults of one call, fewer than its tries."""
 
 
-@pytest.fixture
-def proxy(
-    s3_store: str, moto_endpoint: str, aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Proxy]:
-    """A proxy between boto3 and moto, with short waits."""
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits."""
     monkeypatch.setattr(s3_calls, "READ_SECONDS", READ_SECONDS)
     monkeypatch.setattr(s3, "TRANSFER", TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20))
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-    server = Proxy(moto_endpoint)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    aws(server.endpoint)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def at(number: int) -> Address:
