@@ -10,7 +10,7 @@ BIN := .venv/bin
 TEST_WORKERS ?= 3
 TIMES ?= 10
 TESTS ?= tests
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
 STAMP := .venv/.installed
 
 # uv does not read pip's find-links; with this, a CPU wheel of torch that pip can find is offered to uv too.
@@ -123,7 +123,7 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	  tests/data/download tests/data/raw tests/data/sources tests/data/text tests/data/test_images_fuzz.py \
 	  tests/eval/test_calibration.py tests/artifacts/test_leases.py tests/registry/test_alias_register.py tests/pipeline \
 	  tests/serve/app/test_limits.py tests/serve/app/test_fuzz.py tests/serve/router/test_sequential.py tests/infra/test_two_nodes.py \
-	  tests/flows/test_full_pipeline.py::test_flow_runs_outlive_an_outage_and_end_without_a_worker; \
+	  tests/flows/full_pipeline/test_outages.py::test_flow_runs_outlive_an_outage_and_end_without_a_worker; \
 	$(BIN)/python tests/faults/processors.py; \
 	VILA_BENCH_SMALL=1 VILA_BENCH_MINUTES=5 $(BIN)/python benchmarks/soak.py
 

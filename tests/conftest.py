@@ -23,6 +23,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlavaProcessor
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests import forks
 from tests.s3_servers import moto
@@ -63,7 +65,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 took 14 to 25 s of CPU on two busy cores, and 1.9 s so (1.5 s with one thread)."""
 
 LONGEST = (
-    "tests/flows/test_full_pipeline.py",
+    "tests/flows/full_pipeline",
     "tests/faults/test_nodes.py",
     "tests/test_cli.py",
     "tests/serve/test_deploy_ray.py",
@@ -86,7 +88,7 @@ LONGEST = (
     "tests/test_image_size.py",
     "tests/test_your_data.py",
 )
-"""The files that take the longest, in order (measured)."""
+"""The units that take the longest, in order (measured)."""
 
 MakeModel = Callable[..., Model]
 Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
@@ -115,14 +117,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files come first. A file is one unit of pytest-xdist, because its tests share what they set up."""
+    """Long units come first."""
     weights: dict[Path, int] = {}
     for item in items:
         own = 10 * (item.get_closest_marker("ray") is not None) + (item.get_closest_marker("slow") is not None)
-        weights[item.path] = weights.get(item.path, 0) + own
+        weights[unit_of(item.path)] = weights.get(unit_of(item.path), 0) + own
     for number, name in enumerate(reversed(LONGEST)):
         weights[config.rootpath / name] = 1000 + number
-    items.sort(key=lambda item: -weights[item.path])
+    items.sort(key=lambda item: -weights[unit_of(item.path)])
+
+
+def unit_of(file: Path) -> Path:
+    """What one worker of pytest-xdist runs as a whole, since its tests share what they set up: a file, or a package."""
+    return file.parent if (file.parent / "__init__.py").exists() else file
+
+
+class UnitScheduling(LoadFileScheduling):
+    """Gives whole units to the workers."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return str(unit_of(self.config.rootpath / super()._split_scope(nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)  # some runs are without xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> UnitScheduling:
+    return UnitScheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

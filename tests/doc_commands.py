@@ -57,10 +57,10 @@ NOT_RUN = {
         "vila-ops undeploy configs/recipes/mine.yaml -r protected.yaml",
     ),
     "is run by tests/test_server_logs.py, on logs of its own": ("vila-ops logs",),
-    "is run by tests/flows/test_full_pipeline.py, with files of its own": (
+    "is run by tests/flows/full_pipeline/test_deployments.py, with files of its own": (
         "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
     ),
-    "is run by tests/flows/test_full_pipeline.py, in a window that is over": (
+    "is run by tests/flows/full_pipeline/test_deployments.py, in a window that is over": (
         "prefect deployment run vila/full-pipeline --param recipe=demo",
     ),
     "is run by tests/model/test_gguf.py by its function, and llama.cpp is not installed": (
@@ -176,7 +176,7 @@ NOT_RUN = {
         "uv venv --python 3.11 with-awq",
         "uv pip install --python with-awq/bin/python llmcompressor==0.14.0.1",
     ),
-    "is run by tests/test_backup.py and tests/flows/test_full_pipeline.py, on folders of their own": (
+    "is run by tests/test_backup.py and tests/flows/full_pipeline/test_servers.py, on folders of their own": (
         "vila-ops backup /backups/vila -r laptop",
         "vila-ops restore /backups/vila -r laptop",
     ),

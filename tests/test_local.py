@@ -1,4 +1,4 @@
-"""What the servers of one machine refuse before any of them starts; `flows/test_full_pipeline.py` starts them."""
+"""What the servers of one machine refuse before any of them starts; `flows/full_pipeline` starts them."""
 
 import configparser
 import contextlib
