@@ -46,7 +46,7 @@ NOT_RUN = {
         "vila-ops promote configs/recipes/mine.yaml",
         "vila-ops rollback configs/recipes/mine.yaml",
     ),
-    "is run by tests/test_cli.py from the page, with the tiny recipe, on a port of its own": (
+    "is run by tests/serve/test_serving_page.py from the page, with a stage of the tiny recipe, on a port of its own": (
         "export VILA_API_KEY=$(vila-ops keys create keys.json deploy)",
         "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml",
         'curl -s http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $VILA_API_KEY"',

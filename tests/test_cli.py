@@ -2,21 +2,16 @@
 
 import contextlib
 import json
-import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import httpx
-import openai
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -332,179 +327,6 @@ def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path
     assert said("data", "show", TINY, *asked) == ran["datasets"]["tiny_align"]
     assert "<h1>tiny_align</h1>" in page.read_text()
     assert page.read_text().count("<article>") == 3  # one of each split
-
-
-STRANGERS = {
-    "folder": ("data/tiny_align/photo.jpg", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
-    "raw data": ("data/tiny_align.json", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
-    "note": ("data/tiny_align.md", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
-    "table": ("data/tiny_align.left_out.csv", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
-    "page": ("page.html", ["data", "show", "--mixture", "tiny_align", "--out", "page.html"]),
-    "drawing": ("plot.svg", ["alignment", "--out", "plot.svg"]),
-    "summary": ("store/tiny/summary.json", ["run"]),
-    "report": ("store/tiny/report.html", ["run"]),
-    "question": ("store/tiny/ask.json", ["run"]),
-    "file for a folder": ("store/tiny", ["run"]),
-}
-"""A file of the user's, and the command that would replace it."""
-
-
-def paths(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options for a store, cache and data folder that are not there yet, from a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "resources.yaml"
-    file.write_text(
-        yaml.safe_dump({"launch": "inline", "storage": {"store": "store", "cache": "cache", "data": "data"}})
-    )
-    return [str(ROOT / TINY), "-r", str(file)]
-
-
-@pytest.mark.parametrize("of", STRANGERS)
-def test_a_file_of_the_user_s_is_told_before_any_work_and_survives(
-    of: str, untouched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, command = STRANGERS[of]
-    mine = tmp_path / name
-    mine.parent.mkdir(parents=True, exist_ok=True)
-    mine.write_text("<html>mine</html>")
-    words = 2 if command[0] == "data" else 1
-    monkeypatch.setattr(sys, "argv", ["vila-ops", *command[:words], *untouched, *command[words:]])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert mine.name in told
-    assert "vila-ops did not write" in told
-    assert "move th" in told
-    assert mine.read_text() == "<html>mine</html>"
-    assert paths(tmp_path) == sorted([name, "resources.yaml"])
-
-
-@pytest.mark.parametrize("place", [".", "..", "store", "cache", "~"])
-def test_a_dataset_is_not_written_over_a_folder_in_use(
-    place: str, untouched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    out = str(Path(place).expanduser())
-    done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
-    assert done.exit_code == 1
-    assert f"{out} is or contains " in str(done.exception)
-    assert paths(tmp_path) == ["resources.yaml"]
-
-
-def test_a_dataset_is_not_written_into_the_raw_data(untouched: list[str], tmp_path: Path) -> None:
-    """Its files would be raw data of the next revision."""
-    out = "tests/tiny/pairs/mine"
-    done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
-    assert f"{out} lies in tests/tiny/pairs, from which data is read" in str(done.exception)
-    assert paths(tmp_path) == ["resources.yaml"]
-
-
-def test_what_we_wrote_is_replaced_without_a_word(tmp_path: Path, ran: Json, resources: Path) -> None:
-    where = ("-r", str(resources), "--mixture", "tiny_align", "--out")
-    for _ in range(2):
-        assert said("prepare", TINY, *where, str(tmp_path / "mine")) == ran["datasets"]["tiny_align"]
-        said("data", "show", TINY, *where, str(tmp_path / "page.html"))
-    beside = ["json", "md", *(f"{table}.csv" for table in ("samples", "tokens", "images", "left_out"))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["mine", "page.html", *(f"mine.{suffix}" for suffix in beside)]
-    )
-    before = paths(tmp_path / "mine")
-    (tmp_path / "mine.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
-    refused = CliRunner().invoke(app, ["prepare", TINY, *where, str(tmp_path / "mine")])
-    assert f"{tmp_path / 'mine.json'} exists and vila-ops did not write it" in str(refused.exception)
-    assert paths(tmp_path / "mine") == before
-
-
-class Reader:
-    """Somebody who follows the first section of docs/serving.md in a project, whose endpoint has a port of its own."""
-
-    def __init__(self, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        page = (ROOT / "docs/serving.md").read_text()
-        self._blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page.split("\n## ")[1], flags=re.MULTILINE | re.DOTALL)
-        self._monkeypatch, self.url = monkeypatch, f"http://127.0.0.1:{port}"
-        (folder / "tests").symlink_to(ROOT / "tests")  # of which the tiny recipe reads
-        for name in ("recipes", "resources"):
-            (folder / "configs" / name).mkdir(parents=True)
-        monkeypatch.chdir(folder)
-
-    def text_of(self, language: str) -> str:
-        """The one block of a language."""
-        (text,) = (text for name, text in self._blocks if name == language)
-        return text
-
-    def lines(self) -> list[str]:
-        """The commands of the section."""
-        return [line for name, text in self._blocks if name == "sh" for line in text.splitlines()]
-
-    def said(self, line: str) -> str:
-        """What a command prints."""
-        line = line.replace("http://127.0.0.1:8000", self.url)
-        if exported := re.fullmatch(r"export (\w+)=\$\((.*)\)", line):
-            self._monkeypatch.setenv(exported[1], self.said(exported[2]).strip())
-            return ""
-        program, *words = shlex.split(os.path.expandvars(line))
-        if program == "curl":
-            _, address, _, header = words
-            return httpx.get(address, headers=[header.split(": ")], trust_env=False).text
-        assert program == "vila-ops"
-        done = CliRunner().invoke(app, words)
-        assert done.exit_code == 0, f"{line}: {done.output} {done.exception!r}"
-        return done.stdout
-
-    def answering(self) -> str | None:
-        """The digest of what answers who has the key; who has none is refused."""
-        assert httpx.get(f"{self.url}/v1/models", trust_env=False).status_code == 401
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=os.environ["VILA_API_KEY"], max_retries=0)
-        messages = [{"role": "user", "content": "Hello"}]
-        return client.chat.completions.create(model="mine", messages=messages, max_tokens=2).system_fingerprint
-
-
-@pytest.fixture
-def reader(
-    resources: Path, tmp_path: Path, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Reader]:
-    """With the resources of this module; what is still served at the end of the test ends with it."""
-    port = free_ports(1)[0]
-    made = Reader(tmp_path, port, monkeypatch)
-    inline = yaml.safe_load(resources.read_text()) | {"serve": {"port": port}}
-    Path("configs/resources/inline.yaml").write_text(yaml.safe_dump(inline))
-    Path("protected.yaml").write_text(made.text_of("yaml"))
-    yield made
-    CliRunner().invoke(app, ["undeploy", "configs/recipes/mine.yaml", "-r", "protected.yaml"])
-
-
-@pytest.mark.slow
-def test_the_page_on_serving_leads_to_a_protected_endpoint_with_a_canary(ran: Json, reader: Reader) -> None:
-    recipe: Json = {"extends": [str(ROOT / TINY)], "service": {"name": "mine"}, "gate": {"model_name": "mine"}}
-    Path("configs/recipes/mine.yaml").write_text(yaml.safe_dump(recipe))
-    key, deploy, listed, *changed = reader.lines()
-    register, canary, promote, rollback, undeploy = changed
-    for line in (key, deploy):
-        reader.said(line)
-    first = ran["models"]["sft"]["digest"]
-    assert [model["digest"] for model in json.loads(reader.said(listed))["data"]] == [first]
-    assert reader.answering() == first
-
-    recipe |= {"stages": {"sft": {"mixture": {"sources": {"instructions": {"weight": 0.25}}}}}}
-    Path("configs/recipes/mine.yaml").write_text(yaml.safe_dump(recipe))
-    assert json.loads(reader.said(register))["version"] == 2
-    second = json.loads(reader.said(canary))
-    assert (second["url"], second["version"], second["model"] != first) == (reader.url, 2, True)
-    assert reader.answering() in (first, second["model"])
-    reader.said(promote)
-    assert reader.answering() == second["model"]
-    reader.said(rollback)
-    assert reader.answering() == first
-    reader.said(undeploy)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(reader.url, trust_env=False)
 
 
 def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
