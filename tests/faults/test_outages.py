@@ -5,7 +5,7 @@ the stage trains all the time, and an outage of ten minutes takes hardly any CPU
 
 VILA_OUTAGE_MLFLOW and VILA_OUTAGE_S3 have the seconds of an outage (2; `make faults`: ten and five minutes). Where they
 are set, the waits of our clients are those of every day; else they are shortened as the outage is.
-tests/flows/test_full_pipeline.py has the outage of Prefect.
+tests/flows/full_pipeline/test_outages.py has the outage of Prefect.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,44 @@ def written(folder: Path, settings: LocalServers) -> Json:
 @contextlib.contextmanager
 def waiting_flow_run(servers: Json, *, seed: int, launch: str = "inline") -> Iterator[str]:
     """A flow run in its process, which waits for this test's lease of the stage `sft`; yields its id."""
+    parameters, inputs = _evaluation(servers, seed=seed, launch=launch)
+    with hold(address_of(inputs), store=inputs.resources.storage.store):
+        flow_run = start_flow_run(servers, "vila-evaluate/suite", parameters)
+        until(lambda: f"/{address_of(inputs).key}: locked by PID" in worker_log(servers))
+        yield flow_run
+
+
+@dataclass(frozen=True)
+class PacedFlowRun:
+    """A flow run in its process, which trains a step of the stage `sft` whenever its test says so."""
+
+    name: str
+    """Its id."""
+    inputs: StageInputs
+    steps: Path
+
+    @classmethod
+    def start(cls, servers: Json, *, seed: int) -> "PacedFlowRun":
+        """Start it by a deployment of its own, which is a copy of `vila-evaluate/suite`."""
+        parameters, inputs = _evaluation(servers, seed=seed, launch="inline")
+        steps = servers["folder"] / f"steps-{seed}"
+        steps.mkdir()
+        there = ask(servers, "GET", "/deployments/name/vila-evaluate/suite")
+        kept = ("flow_id", "pull_steps", "tags", "work_pool_name", "work_queue_name", "parameter_openapi_schema")
+        entrypoint = f"{ROOT}/tests/flows/paced_evaluation.py:evaluate"
+        own = {"name": "paced", "entrypoint": entrypoint, "job_variables": {"env": {"VILA_STEPS": str(steps)}}}
+        ask(servers, "POST", "/deployments/", {**{key: there[key] for key in kept}, **own})
+        return cls(start_flow_run(servers, "vila-evaluate/paced", parameters), inputs, steps)
+
+    def step(self, number: int) -> None:
+        """Let it do a step, counted from 0; returns when the step has begun."""
+        file = self.steps / str(number)
+        file.touch()
+        until(lambda: not file.exists())
+
+
+def _evaluation(servers: Json, *, seed: int, launch: str) -> tuple[Json, StageInputs]:
+    """Parameters of the flow `vila-evaluate` for a stage `sft` of its own, and what this stage is trained from."""
     folder, kept = servers["folder"], ("storage", "tracking", *(("ray_address",) if launch == "ray_job" else ()))
     resources = {key: value for key, value in servers["resources"].items() if key in kept} | {"launch": launch}
     if launch == "ray_job":
@@ -63,10 +102,7 @@ def waiting_flow_run(servers: Json, *, seed: int, launch: str = "inline") -> Ite
         stage=run.recipe.stages["sft"], model=run.recipe.model, data=data, init=init, resources=run.resources
     )
     parameters = {"recipe": f"{folder}/recipe.yaml", "resources": f"{folder}/{launch}.yaml", "overrides": overrides}
-    with hold(address_of(inputs), store=run.resources.storage.store):
-        flow_run = start_flow_run(servers, "vila-evaluate/suite", {**parameters, "suite": "stage"})
-        until(lambda: f"/{address_of(inputs).key}: locked by PID" in worker_log(servers))
-        yield flow_run
+    return {**parameters, "suite": "stage"}, inputs
 
 
 def start_flow_run(servers: Json, deployment: str, parameters: Json, *, state: Json | None = None) -> str:

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]) -> Iterator[Json]:
     """Servers of these tests' own, and the files that name them. Prefect looks at its schedules every few seconds."""
     folder = tmp_path_factory.mktemp("box")
-    settings = free_servers(folder / "local")
+    settings = free_servers(folder / "local").with_changes({"max_flow_runs": 3})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS", "5")
         yield written(folder, settings)

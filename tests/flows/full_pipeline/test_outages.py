@@ -11,6 +11,7 @@ import pytest
 
 from tests.flows.flow_runs import (
     Json,
+    PacedFlowRun,
     artifacts_of,
     ask,
     automations,
@@ -23,9 +24,15 @@ from tests.flows.flow_runs import (
     up_again,
     waiting_flow_run,
 )  # fmt: skip
+from tests.told_once import check_told_once
 from vila_ops import local
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.artifacts.store import find, verify
 from vila_ops.pipeline.sweeper import START_SECONDS, Sweeper, client_of
 from vila_ops.registry import alias_register
+from vila_ops.train.checkpoint.unfinished import resume_folders
+from vila_ops.train.curve import curve_of
+from vila_ops.train.stage import address_of, train_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 OUTAGE_SECONDS = float(os.environ.get("VILA_OUTAGE", "10"))
@@ -60,21 +67,31 @@ def test_the_job_of_a_cancelled_flow_run_is_stopped(first: Json, servers: Json) 
 
 @pytest.mark.timeout(1800 + OUTAGE_SECONDS)
 def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], suspended: str, servers: Json) -> None:
-    """VILA_OUTAGE has the seconds of the outage: 15 minutes with `make faults`.
+    """VILA_OUTAGE has the seconds of the outage: 15 minutes with `make faults`. One run trains all the time.
 
     Once the worker is dead too, nothing is left that could tell Prefect of a killed run but its lease.
     """
+    trains = PacedFlowRun.start(servers, seed=73)
     with waiting_flow_run(servers, seed=71) as one, waiting_flow_run(servers, seed=72) as other:
+        for step in (0, 1):
+            trains.step(step)
         kill_server(servers, "prefect")
-        time.sleep(OUTAGE_SECONDS)
+        for step in (2, 3, 4):
+            time.sleep(OUTAGE_SECONDS / 3)
+            trains.step(step)
         up_again(servers)
         kill_server(servers, "worker")
-        assert all(processes_of(flow_run) and state_of(servers, flow_run) == "RUNNING" for flow_run in (one, other))
+        for flow_run in (trains.name, one, other):
+            assert processes_of(flow_run)
+            assert state_of(servers, flow_run) == "RUNNING"
         cancel(servers, one)
         for process in processes_of(other):
             process.kill()
+        trains.step(5)
         until(lambda: not processes_of(one))
         until(lambda: (state_of(servers, one), state_of(servers, other)) == ("CANCELLED", "CRASHED"))
+    until(lambda: state_of(servers, trains.name) not in ("RUNNING", "PENDING"))
+    check_as_undisturbed(trains, servers)
     up_again(servers)
     assert automations(servers) == [
         f"vila-ops: {name}" for name in (
@@ -82,6 +99,24 @@ def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], s
             "notify of promotions",
         )
     ]  # fmt: skip
+
+
+def check_as_undisturbed(trained: PacedFlowRun, servers: Json) -> None:
+    """Check that a flow run is completed, and has trained what an undisturbed process trains.
+
+    It has trained it in one go, as another try would have waited for this test.
+    """
+    assert state_of(servers, trained.name) == "COMPLETED"
+    inputs, store = trained.inputs, trained.inputs.resources.storage.store
+    made = find(Checkpoint, address_of(inputs), store=store)
+    assert made is not None
+    verify(made)
+    assert not any(one.address == address_of(inputs).key for one in resume_folders(store))
+    alone = inputs.resources.with_changes({"storage.store": f"{servers['folder']}/alone", "tracking.uri": None})
+    undisturbed = train_stage(inputs.stage, inputs.model, inputs.data, inputs.init, alone)
+    assert made.digest == undisturbed.digest
+    assert curve_of(made) == curve_of(undisturbed)
+    check_told_once(servers["at"].mlflow, address_of(inputs).key, curve_of(made))
 
 
 def test_a_flow_run_that_was_claimed_and_never_started_has_crashed(told: list[str], servers: Json) -> None:
