@@ -50,6 +50,10 @@ class Stage(Config):
     trainable: tuple[Component, ...] = Field(min_length=1)
     tuning: Tuning = FullTuning()
     """How the language model is trained, if it is."""
+    projector_fit: Literal["scale", "least_squares"] = Field(default="scale", exclude_if=lambda fit: fit == "scale")
+    """First weights of a projector that no stage has trained. scale: drawn ones, with inputs and outputs scaled.
+    least_squares: the last layer solved so that each image token predicts the mean embedding of the words after the
+    image, over the first 4,096 images of the stage."""
     image_size: PositiveInt | None = None
     """Side of the square image in pixels from this stage on; None: as before. Tower positions are interpolated."""
     num_steps: PositiveInt | None = None

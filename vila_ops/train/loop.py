@@ -31,9 +31,7 @@ from vila_ops.device import describe, device_of, nvml_uuid, precision_notes
 from vila_ops.energy import EnergyMeter
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
-from vila_ops.model.build import embedding_std
 from vila_ops.model.modify import Modifications
-from vila_ops.model.projectors.initialise import fit_to
 from vila_ops.model.trainable import compute_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
@@ -51,6 +49,7 @@ from vila_ops.train.objective import Objective
 from vila_ops.train.optim import lr_multiplier
 from vila_ops.train.preemption import PreemptionNotice
 from vila_ops.train.profile import StepProfiler, span
+from vila_ops.train.projector_fit import fit_projector
 from vila_ops.train.watchdog import StepWatchdog
 
 log = logging.getLogger(__name__)
@@ -170,7 +169,8 @@ def load(
     """Return the model, the row loader and the batch builder of a stage.
 
     The model is in the host's memory and in fp32, for the engine to move; a frozen tower is on its device and in the
-    stage's precision. `alive` is called whenever a file of the data was compared with its sha256, before its first use.
+    stage's precision. `alive` is called whenever a file of the data was compared with its sha256, before its first use,
+    and while a fresh projector is fitted.
     """
     stage, resources = job.stage, job.resources
     device = device_of(resources.device)
@@ -193,11 +193,7 @@ def load(
         model.model.vision_tower.to(device)
     batch_builder = BatchBuilder(job, model, device=device)
     if job.fresh_projector and "projector" in stage.trainable:
-        rows, _ = row_loader.batch(0)
-        images = [image for row in rows for image in row.images]
-        if images:
-            features = batch_builder.feature_cache(images).cpu()
-            fit_to(model.model.multi_modal_projector, features, embedding_std(model))
+        fit_projector(model, row_loader, batch_builder, alive=alive)
     if isinstance(stage.tuning, Lora):
         lora.add(model, stage.tuning, seed=stage.seed, dtype=dtype)
     return model, row_loader, batch_builder
