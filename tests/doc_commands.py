@@ -210,7 +210,6 @@ NOT_RUN = {
         "vila-ops train configs/recipes/demo.yaml --stage align",
         "vila-ops train verify-resume configs/recipes/tiny.yaml --kills 5",
         "vila-ops evaluate configs/recipes/demo.yaml --stage align",
-        "vila-ops evaluate demo_known --stage sft",
         "vila-ops evaluate configs/recipes/demo.yaml --stage sft --final",
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --final -s final_suite.precision=int8",
         "vila-ops alignment configs/recipes/demo.yaml --out alignment.svg",
