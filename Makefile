@@ -95,7 +95,7 @@ types: setup ## Check types with mypy, strict; also of what only runs where ther
 layers: setup ## Check which module imports which
 	@$(BIN)/lint-imports
 
-demo: setup ## Run the platform on this machine, from data to a served model; 17 minutes on 2 free cores
+demo: setup ## Run the platform on this machine, from data to a served model
 	@$(BIN)/vila-ops demo configs/recipes/demo.yaml -r configs/resources/laptop.yaml
 
 demo-long: setup ## The demo with a budget of hours
