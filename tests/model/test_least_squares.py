@@ -50,3 +50,15 @@ def test_the_last_layer_solves_the_regression_that_numpy_solves(choice: dict[str
 def test_without_an_image_there_is_nothing_to_fit() -> None:
     with pytest.raises(ValueError, match="no image was added"):
         LeastSquares(projector({"kind": "linear"})).fit(0.04)
+
+
+@pytest.mark.parametrize("alike", ["images", "words"])
+def test_images_or_words_that_are_all_alike_are_refused(alike: str) -> None:
+    features, targets = pairs()
+    squares = LeastSquares(projector({"kind": "linear"}))
+    if alike == "images":
+        squares.add(features[:1, :1].expand(IMAGES, PATCHES, -1), targets)
+    else:
+        squares.add(features, targets[:1].expand(IMAGES, -1))
+    with pytest.raises(ValueError, match=r"are all alike.*projector_fit: scale"):
+        squares.fit(0.04)

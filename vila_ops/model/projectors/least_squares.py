@@ -8,6 +8,9 @@ from torch import Tensor, nn
 RIDGE = 0.1
 """Penalty of the weights, as a share of the mean variance of the inputs; chosen on held-out objects of the demo."""
 
+ALIKE = 1e-9
+"""Covariance as a share of the mean product below which it is rounding."""
+
 
 class LeastSquares:
     """Ridge regression of the last linear layer of a projector, over as many images as are added.
@@ -50,13 +53,19 @@ class LeastSquares:
     def fit(self, std: float) -> None:
         """Set the last layer: outputs with the mean of the targets, and with this deviation of what images change.
 
-        Raises ValueError if no image was added.
+        Raises ValueError if no image was added, or if images or words are all alike.
         """
         if self._count == 0:
             raise ValueError("no image was added, so there is nothing to fit a projector to")
         mean_H, mean_D = self._sum_H / self._count, self._sum_D / self._count
         covariance_HH = self._products_HH / self._count - torch.outer(mean_H, mean_H)
         covariance_HD = self._products_HD / self._count - torch.outer(mean_H, mean_D)
+        for covariance, products in ((covariance_HH, self._products_HH), (covariance_HD, self._products_HD)):
+            if covariance.norm() <= ALIKE * products.norm() / self._count:
+                raise ValueError(
+                    "the images of the stage, or the words after them, are all alike, so that a projector cannot be "
+                    "fitted to them by least squares; set projector_fit: scale"
+                )
         penalty = RIDGE * covariance_HH.diagonal().mean()
         weight_HD = torch.linalg.solve(covariance_HH + penalty * torch.eye(len(mean_H)), covariance_HD)
         variance = torch.einsum("hd,hk,kd->", weight_HD, covariance_HH, weight_HD) / len(mean_D)
