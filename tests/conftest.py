@@ -8,17 +8,13 @@ import itertools
 import os
 import secrets
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -27,6 +23,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from tests import forks
+from tests.ray_head import ray_head
 from tests.s3_servers import moto
 from tests.seed import SEED
 from vila_ops.artifacts import s3_calls
@@ -360,39 +357,9 @@ def empty_database() -> Path:
 
 @pytest.fixture(scope="module")
 def ray_cluster(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
-    """The address of a Ray head of a module's own, without a dashboard, which takes as much CPU as all else of it."""
-    import ray  # not before `pytest_configure`
-
-    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
-    ports = free_ports(len(names))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address", "127.0.0.1", "--num-cpus", "4", "--object-store-memory", "100000000"]
-    command += ["--include-dashboard", "false", "--min-worker-port", "0", "--max-worker-port", "0"]
-    command += [text for name, port in zip(names, ports, strict=True) for text in (f"--{name}", str(port))]
-    env = {**os.environ, "PYTHONPATH": str(TINY.parents[1])}
-    with tempfile.TemporaryDirectory(prefix="ray-t") as folder:  # short: Ray puts sockets there
-        head = subprocess.Popen([*command, "--temp-dir", folder], env=env, stdout=subprocess.DEVNULL)
-        try:
-            _await_listener(head, ports[0])
-            yield f"127.0.0.1:{ports[0]}"
-        finally:
-            ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
-            tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-            for process in tree:
-                process.terminate()
-            for process in psutil.wait_procs(tree, timeout=5)[1]:
-                process.kill()
-            head.wait(10)
-
-
-def _await_listener(process: "subprocess.Popen[bytes]", port: int) -> None:
-    deadline = time.monotonic() + 1200
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("Ray did not start")
+    """The address of a Ray head of a module's own."""
+    with ray_head(free_ports) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="session")

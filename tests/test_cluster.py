@@ -2,9 +2,13 @@
 
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
+from tests.ray_head import ray_head
 from vila_ops.cluster import connect, passed_on
 from vila_ops.config import Resources
 from vila_ops.errors import ClusterUnreachable, is_final
@@ -52,3 +56,23 @@ def test_connecting_keeps_what_this_process_does_when_it_is_told_to_end(ray_clus
     finally:
         signal.signal(signal.SIGTERM, before)
     assert told == [signal.SIGTERM]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_process_ends_with_its_node(free_ports: Callable[[int], list[int]]) -> None:
+    """A new head that is there before Ray notices refuses what the process asks, which it would ask for ever."""
+    driver = "import sys, time; from vila_ops.cluster import connect; from vila_ops.config import Resources; "
+    driver += (
+        "connect(Resources(launch='ray', ray_address=sys.argv[1])); print('connected', flush=True); time.sleep(3600)"
+    )
+    with ray_head(free_ports) as (address, head):
+        process = subprocess.Popen(
+            [sys.executable, "-c", driver, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"connected\n"
+        (raylet,) = (one for one in head.children(recursive=True) if one.name() == "raylet")
+        raylet.kill()
+        _, told = process.communicate(timeout=300)
+    assert b"the Ray node of this process has ended" in told
+    assert process.returncode != 0

@@ -6,9 +6,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vila_ops import logs, tracing
@@ -29,6 +30,9 @@ NODE_GROUP = "ray.io/node-group"
 nor whether an autoscaler adds nodes to them."""
 CONNECT_SECONDS = 10.0
 """How long the head of a cluster may take to accept a connection."""
+STOP_SECONDS = 12.0
+"""How long a process whose node is dead may take to end by itself before it is killed."""
+log = logging.getLogger(__name__)
 
 
 def connect(resources: Resources) -> None:
@@ -55,6 +59,36 @@ def connect(resources: Resources) -> None:
             )
         except ConnectionError as error:
             raise _unreachable(str(resources.ray_address)) from error
+    _end_with_node()
+
+
+def _end_with_node() -> None:
+    """Let this process end, as by SIGTERM, when the raylet of the node that it is connected through is dead.
+
+    What it waits for never comes then. Ray ends a driver that has lost the head for a minute. Where a new head listens
+    at the same address before, it refuses each of the driver's calls, which Ray repeats for ever.
+    """
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (path,) = (one["RayletSocketName"] for one in ray.nodes() if one["NodeID"] == node)  # type: ignore[no-untyped-call]
+    raylet = socket.socket(socket.AF_UNIX)
+    raylet.connect(path)
+    threading.Thread(target=_outlive, args=(raylet, node), name="node of Ray", daemon=True).start()
+
+
+def _outlive(raylet: socket.socket, node: str) -> None:
+    """Wait until a raylet has closed its end, and end this process if it is still connected through this node."""
+    import ray
+
+    with raylet, suppress(ConnectionError):
+        raylet.recv(1)
+    if not (ray.is_initialized() and ray.get_runtime_context().get_node_id() == node):
+        return
+    log.error("the Ray node of this process has ended, and so does it; what was finished is kept: run it again")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

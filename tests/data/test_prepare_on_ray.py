@@ -61,7 +61,7 @@ def two_nodes(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
         stack.enter_context(node("--address", address, *other))
         _wait(lambda: sum(one["Alive"] for one in ray.nodes()) == 2)
         yield address
-        ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
+        ray.shutdown()  # a driver that is still connected is ended with its cluster
 
 
 def _listens(port: int) -> bool:
