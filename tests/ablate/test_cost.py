@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from vila_ops.ablate.cells import runs_of, speed_settings, stages_of
+from vila_ops.ablate.cells import runs_of, stages_of
 from vila_ops.ablate.cost import cost_of_grid
 from vila_ops.ablate.results import CellResult, CellTask, read_results, write_result
 from vila_ops.artifacts.attempts import attempt
@@ -20,6 +20,7 @@ from vila_ops.config import Resources
 from vila_ops.config.grid import load_grid
 from vila_ops.config.lengths import load_lengths
 from vila_ops.plan.plan import plan_run
+from vila_ops.train.pace import speed_settings
 
 ROOT = Path(__file__).parents[2]
 CARD = {"name": "a card", "memory_gib": 80, "peak_tflops": 1.0, "price_per_hour": 3600.0}

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.retrain.conftest import again, drawn, good
-from vila_ops.artifacts.kinds import Decision
+from vila_ops.artifacts.kinds import Checkpoint, Decision
 from vila_ops.artifacts.listing import sealed
-from vila_ops.artifacts.store import file
+from vila_ops.artifacts.store import file, manifest_of
 from vila_ops.cli import app
 from vila_ops.config import Run
 from vila_ops.config.retrain import RetrainPolicy
@@ -49,7 +49,7 @@ def test_each_delivery_is_told_by_what_it_holds_and_the_good_one_is_enough(run: 
     broken.write_text(broken.read_text().replace('"turns"', '"turn"', 3))
     (broken.parents[1] / "5-empty").mkdir()
     (broken.parents[1] / "5-empty/notes.txt").write_text("later")
-    made = look(run, policy, trigger="test", when=NOW)
+    made = look(run, policy.with_changes({"num_steps": 5, "budget.hours": 24}), trigger="test", when=NOW)
     assert made.evidence is not None
     deliveries = by_name(made.evidence.deliveries)
     assert {name: one.status for name, one in deliveries.items()} == {
@@ -71,6 +71,10 @@ def test_each_delivery_is_told_by_what_it_holds_and_the_good_one_is_enough(run: 
     root = run.resources.storage.store
     (decision,) = sealed(Decision, store=root)
     assert (decision.verdict, decision.rule, decision.subject) == ("retrain", "new data", "retrain")
+    (trained,) = sealed(Checkpoint, store=root)
+    assert made.evidence.estimate is not None
+    seconds = manifest_of(trained)["execution"]["seconds"] * 5 / 2  # five steps, where the champion's stage had two
+    assert made.evidence.estimate.hours == pytest.approx(seconds / 3600)
     assert "| zz.inbox.3-leaking | refused | 8 |" in file(decision, "decision.md").read_text()
 
 

@@ -1,8 +1,7 @@
 """The runs of grids, what each is made of, and the fingerprint by which its result is known on any machine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vila_ops.artifacts import store
@@ -21,9 +20,6 @@ from vila_ops.pipeline.explain import UNMADE, unmade
 from vila_ops.pipeline.stages import Weights, suite_text
 from vila_ops.train import stage as training
 from vila_ops.train.job import StageInputs
-
-NO_CHANGE = {"seed", "save_every", "validate_every", "validation_rows"}
-"""Settings of a stage that make a step neither faster nor slower."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +118,6 @@ def stages_of(one: CellRun, *, in_store: bool = True) -> Iterator[StageAt]:
         done = store.find(Checkpoint, at, store=resources.storage.store) if in_store else None
         model = done or Checkpoint(uri="", digest=unmade(at), stage=name, step=0)
         yield StageAt(stage, shape, at, done)
-
-
-def speed_settings(stage: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """What the time of a step may depend on, without places of one machine. `stage` has the settings of a stage."""
-    own = {key: value for key, value in stage.items() if key not in {"mixture", *NO_CHANGE}}
-    settings: dict[str, Any] = _without_places({"stage": own, "model": model.model_dump(mode="json")})
-    return settings
-
-
-def _without_places(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    absolute = {key for key, one in value.items() if isinstance(one, str) and Path(one).is_absolute()}
-    return {key: _without_places(one) for key, one in value.items() if key not in absolute}
 
 
 def fingerprint_of(one: CellRun) -> str:

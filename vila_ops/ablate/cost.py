@@ -7,23 +7,14 @@ results have their time. Preparation is not counted.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
-from typing import Any
 
-from pydantic import ValidationError
-
-from vila_ops.ablate.cells import CellRun, StageAt, fingerprint_of, speed_settings, stages_of
+from vila_ops.ablate.cells import CellRun, StageAt, fingerprint_of, stages_of
 from vila_ops.ablate.results import CellResult
-from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import Checkpoint
-from vila_ops.artifacts.listing import manifests
 from vila_ops.config import Config, Model, Resources, Stage
-from vila_ops.config.base import differences
 from vila_ops.config.lengths import Lengths
-from vila_ops.pipeline.cost import positions_of, timed_positions
 from vila_ops.plan.plan import StagePlan, plan_run
-from vila_ops.train import stage as training
+from vila_ops.train.pace import Timed, pace_of, positions_of, sealed_timings
 
 
 class CellCost(Config):
@@ -137,35 +128,15 @@ class _MeasuredPace:
         return max((task.seconds for task in own), default=0.0) / 3600
 
     def seconds(self, stage: Stage, model: Model) -> float | None:
-        """Those of a position in the stage of the same tower and language model with the fewest other settings.
-
-        None without such a stage, or for a GPU.
-        """
-        wanted = speed_settings(stage.model_dump(mode="json"), model)
-        own = [(settings, pace) for settings, pace in self._timed if _parts(settings) == _parts(wanted)]
-        if not self._is_cpu or not own:
-            return None
-        _, pace = min(own, key=lambda one: len(list(differences(one[0], wanted))))
-        return pace
+        """Those of a position, of files first. None without a stage of the same parts, or for a GPU."""
+        return pace_of(stage, model, self._timed) if self._is_cpu else None
 
     @cached_property
-    def _timed(self) -> list[tuple[dict[str, Any], float]]:
-        """Settings and seconds for a position: of files, and then of the sealed stages, the newest first."""
-        of_files = [(one.settings, one.seconds / one.timed_positions) for one in self._tasks if one.timed_positions]
-        sealed = []
-        for uri, manifest in manifests(Checkpoint, store=self._store):
-            execution = manifest["execution"]
-            if execution.get("model") is not None and (made := timed_positions(manifest)) > 0:
-                with suppress(ValidationError):  # a model of another version has no pace to compare with
-                    model = training.trained_model(store.reference(Checkpoint, uri, manifest))
-                    settings = speed_settings(manifest["recipe"]["stage"], model)
-                    sealed.append((execution.get("sealed", ""), (settings, float(execution["seconds"]) / made)))
-        newest_first = sorted(sealed, key=lambda one: one[0], reverse=True)
-        return [*of_files, *(timed for _, timed in newest_first)]
-
-
-def _parts(settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    return settings["model"]["vision_tower"], settings["model"]["language_model"]
+    def _timed(self) -> list[Timed]:
+        of_files = [
+            Timed(one.settings, one.seconds / one.timed_positions) for one in self._tasks if one.timed_positions
+        ]
+        return [*of_files, *sealed_timings(self._store)]
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import ValidationError
 
 import vila_ops
-from vila_ops.ablate.cells import CellRun, fingerprint_of, speed_settings, stages_of
+from vila_ops.ablate.cells import CellRun, fingerprint_of, stages_of
 from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport
 from vila_ops.config import NO_CONTEXT, Config, fingerprint
@@ -33,10 +33,11 @@ from vila_ops.errors import did_you_mean
 from vila_ops.eval.compare import ScoreTable
 from vila_ops.eval.opened import opened
 from vila_ops.eval.report import LayerPoint, ReportMetric, read_report
-from vila_ops.pipeline.cost import TaskCost, cost_of, timed_positions
+from vila_ops.pipeline.cost import TaskCost, cost_of
 from vila_ops.pipeline.reports import SEALED
 from vila_ops.pipeline.stages import walk
 from vila_ops.train.curve import curve_of
+from vila_ops.train.pace import speed_settings, timed_positions
 
 BEGINS = '{\n "cell": "'
 """How a file begins: keys are sorted."""

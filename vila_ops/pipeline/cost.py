@@ -1,10 +1,11 @@
 """What a sealed artifact took to make: time, GPU-hours, token positions, money and energy, read from its manifest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vila_ops.artifacts.store import read_manifest
 from vila_ops.config import Config, Resources
+from vila_ops.train.pace import positions_of
 
 CPU = "cpu"
 Json = dict[str, Any]
@@ -69,15 +70,3 @@ def _sum(joules: Sequence[float | None]) -> float | None:
     """None where a part is not known, or there is none."""
     known = [one for one in joules if one is not None]
     return sum(known) if known and len(known) == len(joules) else None
-
-
-def positions_of(stage: Mapping[str, Any], steps: int) -> int:
-    """Token positions of steps of a stage, by its settings."""
-    return steps * int(stage["global_batch_size"]) * int(stage["sequence_length"])
-
-
-def timed_positions(manifest: Mapping[str, Any]) -> int:
-    """Token positions of a sealed stage that its last attempt trained on, in the time that its manifest has."""
-    workers = manifest["execution"]["workers"]
-    first = workers[0].get("first_step", 0) if workers else 0
-    return positions_of(manifest["recipe"]["stage"], manifest["facts"]["step"] - first)

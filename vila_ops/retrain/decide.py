@@ -15,10 +15,10 @@ Verdict = Literal["retrain", "not now", "passed", "refused", "started", "promote
 
 
 class PlannedCost(Config):
-    """What the planner says of a retraining."""
+    """What a retraining takes, by the planner or by the time of a stage like it."""
 
     hours: float | None
-    """None where the resources name no accelerator."""
+    """None where the resources name no accelerator, and no stage of the same parts was timed."""
     cost: float | None
     """None where its price is not known."""
 
@@ -175,7 +175,8 @@ def _within(policy: RetrainPolicy, evidence: Evidence, unit: Literal["hours", "c
     if asked is None:
         named = "train.accelerator" if unit == "hours" else "train.accelerator with its price_per_hour"
         reason = f"budget.{unit} is {limit:g}, but the planner cannot say what a retraining takes"
-        return RuleCheck(rule=rule, holds=False, reason=reason, change=f"set {named} in the resources")
+        change = f"set {named} in the resources, or budget.{unit} to null"
+        return RuleCheck(rule=rule, holds=False, reason=reason, change=change)
     holds = spent + asked <= limit
     return RuleCheck(
         rule=rule,

@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, ModelVersion
 from vila_ops.artifacts.listing import of_digest
@@ -37,7 +37,11 @@ from vila_ops.retrain.feedback import ErrorSlice, ratings_of, slices_of
 from vila_ops.retrain.held_out import held_out_records
 from vila_ops.retrain.streams import Comparisons, DatasetRows
 from vila_ops.retrain.traffic import kept_requests, place_of, traffic
+from vila_ops.train.pace import pace_of, positions_of, sealed_timings
 from vila_ops.train.stage import trained_model
+
+if TYPE_CHECKING:
+    from vila_ops.plan.plan import Plan
 
 TRAFFIC, NEW_DATA = "traffic", "new data"
 STREAMS = 4
@@ -201,12 +205,17 @@ class _Look:
     def _estimate(self, wanted: Run | None) -> PlannedCost | None:
         if wanted is None:
             return None
-        if self.run.resources.train.accelerator is None:
-            return PlannedCost(hours=None, cost=None)
         from vila_ops.plan.plan import plan_run  # heavy: torch
 
         plan = plan_run(wanted, context=self.context)
-        return PlannedCost(hours=plan.hours, cost=plan.cost)
+        hours = plan.hours if self.run.resources.train.accelerator else self._measured_hours(wanted, plan)
+        return PlannedCost(hours=hours, cost=plan.cost)
+
+    def _measured_hours(self, wanted: Run, plan: "Plan") -> float | None:
+        """By the pace of the most alike stage in the store; None where no stage of the same parts was trained."""
+        ((name, stage),), (planned,) = wanted.recipe.stages.items(), plan.stages
+        pace = pace_of(stage, wanted.recipe.model_of(name), sealed_timings(self.run.resources.storage.store))
+        return None if pace is None else pace * positions_of(stage.model_dump(), planned.steps) / 3600
 
     def _slices(self) -> tuple[ErrorSlice, ...]:
         rules = self.policy.feedback
