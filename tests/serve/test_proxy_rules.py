@@ -20,7 +20,8 @@ def answered(path: str, headers: dict[str, str] | dict[bytes, bytes]) -> tuple[h
 
     async def proxy(scope: Any, _: Any, send: Any) -> None:
         reached.update(scope["headers"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        own = [(name, value) for name, value in scope["headers"] if name == b"x-request-id"]  # as a replica answers
+        await send({"type": "http.response.start", "status": 200, "headers": own})
         await send({"type": "http.response.body", "body": b"success"})
 
     async def ask() -> httpx.Response:
@@ -44,6 +45,13 @@ def test_headers_that_lift_limits_do_not_reach_the_proxy() -> None:
         constants.SERVE_MULTIPLEXED_MODEL_ID.replace("_", "-"),
     )
     assert {name.encode() for name in names} == OBEYED
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-request-id": "mine"}])
+def test_a_response_has_one_request_id(headers: dict[str, str]) -> None:
+    """The proxy adds the id to a response of a replica, which has it."""
+    response, reached = answered("/v1/models", headers)
+    assert response.headers.get_list("x-request-id") == [reached[b"x-request-id"].decode()]
 
 
 @pytest.mark.parametrize(

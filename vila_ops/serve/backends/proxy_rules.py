@@ -3,9 +3,10 @@
 These hide its own routes, and drop the headers by which clients would lift its limits or make it fail.
 """
 
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.guard import REQUEST_ID
@@ -28,7 +29,8 @@ class ProxyRules:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on without these headers, or answer that there is no such route.
 
-        The proxy makes an id for a request that has none, or one that we would not take.
+        The proxy makes an id for a request that has none, or one that we would not take, and adds it to a response that
+        has it already.
         """
         if scope["type"] == "http":
             if scope["path"].startswith("/-/") and scope["path"] != HEALTH:
@@ -36,7 +38,15 @@ class ProxyRules:
                 await JSONResponse(error.body(), error.status)(scope, receive, send)
                 return
             scope = {**scope, "headers": [one for one in scope["headers"] if _may_pass(*one)]}
-        await self._app(scope, receive, send)
+
+        async def send_with_one_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if (made := headers.get("x-request-id")) is not None:
+                    headers["x-request-id"] = made
+            await send(message)
+
+        await self._app(scope, receive, send_with_one_id)
 
 
 def _may_pass(name: bytes, value: bytes) -> bool:
