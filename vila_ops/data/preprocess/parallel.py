@@ -1,5 +1,6 @@
 """Units of work in this process, or as Ray Data tasks on a cluster. Only configs and artifact references travel."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ def each(
     import ray.data
 
     connect(resources)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # `told` tells the progress in fewer lines
     here = os.getcwd()
     items = [{"number": number, "job": one.model_dump_json(), "here": here} for number, one in enumerate(jobs)]
     pool = ray.data.TaskPoolStrategy(size=resources.prepare.num_workers)
