@@ -43,7 +43,7 @@ def retrain(
     own = FlowRun(str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time, ready=lambda: _check(run))
     if (why := begin_step(run, rules, own, trigger=trigger, now=now)) is not None:
         return Completed(name="Skipped", message=why)
-    return attempt(run, lambda: _work(Retraining(run, rules, trigger, now, tasks=TASKS)))
+    return attempt(run, lambda: _work(Retraining(run, rules, trigger, tasks=TASKS)))
 
 
 def _check(run: Run) -> None:

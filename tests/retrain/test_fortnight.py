@@ -4,6 +4,7 @@ Good data is promoted after its canary; broken, repeated, leaking and poor data 
 asks for retraining with less data; and a canary that breaks is rolled back.
 """
 
+import itertools
 import json
 import os
 import time
@@ -54,9 +55,11 @@ class Fortnight:
         return FIRST + timedelta(days=day - 1, hours=hour)
 
     def step(self, day: int, hour: int = 12, **resources: Any) -> DecisionRecord:
-        """What the schedule does at a time, outside of any git repository."""
+        """What the schedule does at a time, outside of any git repository. Training and the gate take an hour each."""
         run = self.run.with_changes({f"resources.{key}": value for key, value in resources.items()})
-        return step(Retraining(run, self.policy, "schedule", self.at(day, hour), repository=self.kept))
+        hours = itertools.count(hour)
+        one = Retraining(run, self.policy, "schedule", lambda: self.at(day, next(hours)), repository=self.kept)
+        return step(one)
 
     def requests(self, day: int, count: int, question: str) -> None:
         """Requests that the service kept on a day."""
@@ -121,7 +124,7 @@ def _first_week(fortnight: Fortnight) -> None:
     assert told(fortnight.step(2)) == ("canary", "started", "canary")
     waits = fortnight.step(2, 20)
     assert told(waits) == ("canary", "not now", "canary")
-    assert waits.decided.change == "wait until 2036-01-09T00:00:00+00:00"
+    assert waits.decided.change == "wait until 2036-01-09T02:00:00+00:00"
     assert told(fortnight.step(3)) == ("canary", "promoted", "canary")
 
     broken = good(run, policy, "04-broken", 12, start=1000) / "records.jsonl"

@@ -52,7 +52,7 @@ def test_training_goes_on_from_the_champion_and_the_data_is_a_revision_on_its_ow
     )
     good(run, policy, "1")
     quiet = policy.with_changes({"drift": None})
-    made = step(Retraining(run, quiet, "test", NOW, repository=repository))
+    made = step(Retraining(run, quiet, "test", lambda: NOW, repository=repository))
     assert (made.subject, made.decided.verdict, made.version) == ("gate", "passed", 2)
     aliases = alias_register.read("tiny", store=root)
     assert aliases.aliases() == {"champion": 2, "previous": 1}
@@ -85,7 +85,7 @@ def test_training_goes_on_from_the_champion_and_the_data_is_a_revision_on_its_ow
     run_program(copy, "dvc", "checkout", "-q")
     assert read_manifest(str(copy / "data/tiny_align.retrain"))["digest"] == data.digest
 
-    soon = step(Retraining(run, quiet, "test", NOW + DAY / 2, repository=repository))
+    soon = step(Retraining(run, quiet, "test", lambda: NOW + DAY / 2, repository=repository))
     assert (soon.decided.rule, soon.evidence and soon.evidence.deliveries[0].status) == ("no reason", "trained on")
 
 
@@ -96,7 +96,7 @@ def test_a_refused_model_sets_its_deliveries_aside_and_says_what_would_have_to_c
     strict = registered.with_changes({"recipe.gate.rules": [{"metric": "text_loss", "at_most": 0.001}]})
     quiet = policy.with_changes({"drift": None, "cool_down_hours": 0})
     good(strict, policy, "1")
-    made = step(Retraining(strict, quiet, "test", NOW, repository=tmp_path))
+    made = step(Retraining(strict, quiet, "test", lambda: NOW, repository=tmp_path))
     assert (made.decided.verdict, made.decided.rule) == ("refused", "gate")
     assert "is not at most 0.001" in made.decided.reason
     assert made.decided.change.startswith("a model that the rules let through: correct the deliveries")
@@ -106,7 +106,7 @@ def test_a_refused_model_sets_its_deliveries_aside_and_says_what_would_have_to_c
     assert asked.revision is not None
     assert asked.revision.branch is None
     assert asked.revision.reason.startswith("Git cannot be written: `git rev-parse --show-toplevel` failed")
-    later = step(Retraining(strict, quiet, "test", NOW + DAY, repository=tmp_path))
+    later = step(Retraining(strict, quiet, "test", lambda: NOW + DAY, repository=tmp_path))
     assert later.decided.rule == "no reason"
     assert later.evidence is not None
     assert [one.status for one in later.evidence.deliveries] == ["set aside"]

@@ -1,6 +1,5 @@
 """`vila-ops retrain`: whether a champion is trained on, by the rules of a policy, and doing so."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +42,7 @@ def retrain(
     if dry_run or decide_only:
         record = look(run, rules, trigger="command", dry_run=dry_run, context=context)
     else:
-        record = step(Retraining(run, rules, "command", datetime.now(UTC), context=context))
+        record = step(Retraining(run, rules, "command", context=context))
     if as_json:
         print_result(record, as_json)
     else:

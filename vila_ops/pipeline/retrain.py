@@ -4,6 +4,7 @@ Everything that a step needs is in the store, the registers and earlier decision
 again, and one that waits, such as for a canary, costs nothing meanwhile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,16 +36,21 @@ CORRECTED = "a model that the rules let through: correct the deliveries, which a
 """What would have to change after a refusal."""
 
 
+def utc_now() -> datetime:
+    """The time in UTC."""
+    return datetime.now(UTC)
+
+
 @dataclass(frozen=True)
 class Retraining:
-    """A recipe that is retrained by a policy, at one moment."""
+    """A recipe that is retrained by a policy."""
 
     run: Run
     policy: RetrainPolicy
     trigger: str
     """What asks: `schedule`, `event` or `command`."""
-    when: datetime
-    """UTC."""
+    clock: Callable[[], datetime] = utc_now
+    """The time in UTC. A step trains, so hours pass between its decisions."""
     tasks: Tasks = TASKS
     context: RunContext = NO_CONTEXT
     repository: Path = Path()
@@ -59,10 +65,10 @@ class Retraining:
         """Every decision so far."""
         return decisions.history(self.run.recipe.name, root=self.root)
 
-    def record(self, subject: Subject, decided: Decided, **more: object) -> DecisionRecord:
-        """A decision of this moment."""
-        facts = {"name": self.run.recipe.name, "subject": subject, "when": self.when, "trigger": self.trigger}
-        window = window_of(self.when, self.policy.schedule)
+    def record(self, subject: Subject, decided: Decided, when: datetime, **more: object) -> DecisionRecord:
+        """A decision of a moment."""
+        facts = {"name": self.run.recipe.name, "subject": subject, "when": when, "trigger": self.trigger}
+        window = window_of(when, self.policy.schedule)
         return DecisionRecord.model_validate(
             {**facts, "window": window, "policy": told_policy(self.policy), "decided": decided, **more}
         )
@@ -101,7 +107,8 @@ def look(
 
     Cleaned data is prepared in the store in any case. `when` is the time in UTC, None for now.
     """
-    one = Retraining(run, policy, trigger, when or datetime.now(UTC), context=context)
+    moment = when or utc_now()
+    one = Retraining(run, policy, trigger, lambda: moment, context=context)
     record, _ = _looked(one)
     if not dry_run:
         _seal(one, record)
@@ -144,12 +151,12 @@ def _unfinished(one: Retraining) -> tuple[str, DecisionRecord] | None:
 
 
 def _looked(one: Retraining) -> tuple[DecisionRecord, Gathered]:
-    earlier = [record for _, record in one.history()]
-    moment = Moment(when=one.when, window=window_of(one.when, one.policy.schedule), history=earlier)
+    earlier, when = [record for _, record in one.history()], one.clock()
+    moment = Moment(when=when, window=window_of(when, one.policy.schedule), history=earlier)
     gathered = gather(one.run, one.policy, moment, one.context)
-    decided = decide(one.policy, gathered.evidence, when=one.when)
+    decided = decide(one.policy, gathered.evidence, when=when)
     data = gathered.data.digest if gathered.data and decided.verdict == "retrain" else None
-    return one.record("retrain", decided, evidence=gathered.evidence, data=data), gathered
+    return one.record("retrain", decided, when, evidence=gathered.evidence, data=data), gathered
 
 
 def _seal(one: Retraining, record: DecisionRecord) -> str:
@@ -187,7 +194,7 @@ def _train_and_judge(one: Retraining, gathered: Gathered, *, cause: str) -> Deci
     version = register_model(run, model, report, tasks=one.tasks, context=one.context)
     passed, reason = judgement(version, resources)
     decided = _decided("passed" if passed else "refused", "gate", reason, change="" if passed else CORRECTED)
-    record = one.record("gate", decided, data=gathered.data.digest, cause=cause, **_of(version))
+    record = one.record("gate", decided, one.clock(), data=gathered.data.digest, cause=cause, **_of(version))
     _seal(one, record)
     return _canary(one, version) if passed and one.policy.canary is not None else record
 
@@ -203,7 +210,7 @@ def _canary(one: Retraining, challenger: ModelVersion) -> DecisionRecord:
     if state.stable is not None and state.stable.spec.version.checkpoint.digest == digest:
         return _promoted(one, challenger, Deployment(url=state.stable.url, model=digest, version=challenger.version))
     if state.canary is not None and state.canary.track.spec.version.checkpoint.digest == digest:
-        return _awaited(one, challenger, begun or one.when)
+        return _awaited(one, challenger, begun or one.clock())
     if begun is not None and last is not None and last.digest == digest:
         _without_challenger(one, reason=f"canary: {last.reason}")
         return _settled(one, challenger, _decided("refused", "canary", last.reason, change=CORRECTED))
@@ -219,7 +226,7 @@ def _canary(one: Retraining, challenger: ModelVersion) -> DecisionRecord:
 def _awaited(one: Retraining, challenger: ModelVersion, begun: datetime) -> DecisionRecord:
     """Promote a canary that has run for long enough."""
     hours = one.policy.canary.hours if one.policy.canary else 0.0
-    if one.when < (end := begun + timedelta(hours=hours)):
+    if one.clock() < (end := begun + timedelta(hours=hours)):
         reason = f"version {challenger.version} has answered as a canary since {begun.isoformat(timespec='seconds')}"
         waits = _decided("not now", "canary", reason, change=f"wait until {end.isoformat(timespec='seconds')}")
         return _settled(one, challenger, waits)
@@ -241,7 +248,7 @@ def _settled(one: Retraining, challenger: ModelVersion, decided: Decided) -> Dec
         if record.subject == "gate" and record.model == challenger.checkpoint.digest
     ]
     cause, data = (gates[-1][0], gates[-1][1].data) if gates else (None, None)
-    record = one.record("canary", decided, cause=cause, data=data, **_of(challenger))
+    record = one.record("canary", decided, one.clock(), cause=cause, data=data, **_of(challenger))
     _seal(one, record)
     return record
 
