@@ -8,7 +8,7 @@ import pytest
 
 from tests.dvc_repository import ENV, run_program
 from tests.retrain.conftest import good
-from vila_ops.artifacts.kinds import Dataset, ModelCard
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, ModelCard, ModelVersion
 from vila_ops.artifacts.listing import of_digest, sealed
 from vila_ops.artifacts.store import file, manifest_of, read_manifest
 from vila_ops.config import Run
@@ -110,3 +110,11 @@ def test_a_refused_model_sets_its_deliveries_aside_and_says_what_would_have_to_c
     assert later.decided.rule == "no reason"
     assert later.evidence is not None
     assert [one.status for one in later.evidence.deliveries] == ["set aside"]
+
+    refused = of_digest(Checkpoint, str(made.model), store=root)
+    assert refused is not None
+    version = ModelVersion(name="tiny", version=2, checkpoint=refused, promoted=True)
+    alias_register.move("tiny", {"champion": version}, over=1, reason="a person decided so", store=root)
+    last = step(Retraining(strict, quiet, "test", lambda: NOW + 2 * DAY, repository=tmp_path))
+    assert last.evidence is not None
+    assert [one.status for one in last.evidence.deliveries] == ["trained on"]
