@@ -147,7 +147,7 @@ def _second_week(fortnight: Fortnight) -> None:
     """Requests of day 10 are unlike those of days 7 and 8, and the canary that follows breaks."""
     run, policy = fortnight.run, fortnight.policy
     fortnight.requests(7, 15, SHORT)
-    _refused(fortnight.step(8), "zz.inbox.07-poor", "a model that was trained on it was refused")
+    _refused(fortnight.step(8), "zz.inbox.07-poor", "a model trained on it was refused")
     fortnight.requests(8, 15, SHORT)
     good(run, policy, "09-few", 6, start=3000)
     same = fortnight.step(9)

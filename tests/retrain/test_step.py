@@ -13,7 +13,7 @@ from vila_ops.artifacts.listing import of_digest, sealed
 from vila_ops.artifacts.store import file, manifest_of, read_manifest
 from vila_ops.config import Run
 from vila_ops.config.retrain import RetrainPolicy
-from vila_ops.pipeline.retrain import Retraining, step
+from vila_ops.pipeline.retrain import Retraining, look, step
 from vila_ops.registry import alias_register
 from vila_ops.retrain import decisions
 
@@ -110,6 +110,9 @@ def test_a_refused_model_sets_its_deliveries_aside_and_says_what_would_have_to_c
     assert later.decided.rule == "no reason"
     assert later.evidence is not None
     assert [one.status for one in later.evidence.deliveries] == ["set aside"]
+    slower = look(strict, quiet.with_changes({"learning_rate": 1e-5}), trigger="test", when=NOW + DAY, dry_run=True)
+    assert slower.evidence is not None
+    assert [one.status for one in slower.evidence.deliveries] == ["new"]
 
     refused = of_digest(Checkpoint, str(made.model), store=root)
     assert refused is not None

@@ -32,7 +32,10 @@ from vila_ops.retrain.decisions import DecisionRecord, Subject, told_policy
 from vila_ops.retrain.evidence import Gathered, Moment, gather
 from vila_ops.serve.tracks import backend_of
 
-CORRECTED = "a model that the rules let through: correct the deliveries, which are set aside until then, or add more"
+CORRECTED = (
+    "a model that the rules let through: correct the deliveries, which are set aside until then, add more, or change "
+    "how the policy trains (replay, num_steps, learning_rate)"
+)
 """What would have to change after a refusal."""
 
 

@@ -23,6 +23,8 @@ REVISION = 1
 PAGE, CONTENT = "decision.md", "decision.json"
 Subject = Literal["retrain", "gate", "canary"]
 SUBJECTS: tuple[Subject, ...] = get_args(Subject)
+TRAINING = ("stage", "start_after", "replay", "num_steps", "learning_rate")
+"""Rules of a policy by which a model comes out as it does."""
 
 
 class DecisionRecord(Config):
@@ -113,9 +115,14 @@ def spent(records: Sequence[DecisionRecord], *, days: float, when: datetime) -> 
     )
 
 
-def set_aside(records: Sequence[DecisionRecord]) -> set[str]:
-    """Digests of the deliveries that were new in a retraining whose model the gate or the canary refused. Pure."""
-    by_data = {one.data: one for one in records if one.subject == "retrain" and one.data}
+def set_aside(records: Sequence[DecisionRecord], policy: RetrainPolicy) -> set[str]:
+    """Digests of the deliveries that were new in a retraining whose model the gate or the canary refused. Pure.
+
+    A policy that trains otherwise may try them again.
+    """
+    wanted = policy.model_dump(mode="json")
+    same = [one for one in records if all(one.policy[key] == wanted[key] for key in TRAINING)]
+    by_data = {one.data: one for one in same if one.subject == "retrain" and one.data}
     refused = [one for one in records if one.subject != "retrain" and one.decided.verdict == "refused"]
     causes = [by_data[one.data] for one in refused if one.data in by_data]
     return {

@@ -156,7 +156,7 @@ def unread(delivery: Delivery, aside: set[str]) -> DeliveryCounts:
     """
     name, digest = delivery.name, delivery.digest
     if digest in aside:
-        reason = "a model that was trained on it was refused; remove it, or deliver it corrected"
+        reason = "a model trained on it was refused; remove it, deliver it corrected, or change how the policy trains"
         return DeliveryCounts(name=name, digest=digest, status="set aside", reason=reason)
     return DeliveryCounts(name=name, digest=digest, status="refused", reason=f"broken: {delivery.problem}")
 

@@ -148,9 +148,8 @@ class _Look:
         One that is refused is taken out, and the others are cleaned again, so that they do not repeat what is not used.
         """
         trained = self._trained()
-        aside = decisions.set_aside(self.moment.history) - set(
-            trained.values()
-        )  # a person may promote what was refused
+        aside = decisions.set_aside(self.moment.history, self.policy)
+        aside -= set(trained.values())  # a person may promote a model that was refused
         judged = {one.name: unread(one, aside) for one in here if one.problem or one.digest in aside}
         while left := [one for one in here if one.name not in judged]:
             clean = self._prepared(candidates(plain(self.run.recipe, self.policy, left), self.policy, held_out))
