@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import threading
@@ -360,6 +361,19 @@ def ray_cluster(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
     """The address of a Ray head of a module's own."""
     with ray_head(free_ports) as (address, _):
         yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium. Of a module's own, as Playwright keeps the event loop of its thread."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium or google-chrome on the PATH")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")
