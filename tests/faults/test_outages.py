@@ -213,6 +213,12 @@ def test_mlflow_is_away_while_a_stage_trains_and_then_has_every_step_once(
 
 
 @pytest.fixture
+def mlflow_file(empty_database: Path, tmp_path: Path) -> str:
+    """The tracking URI of a file that has no run."""
+    return f"sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
 def in_s3(proxy: Proxy, s3_store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty store behind the proxy."""
     if S3 not in os.environ:
@@ -229,14 +235,13 @@ def test_a_store_answers_503_while_a_stage_trains_and_loses_nothing(
     happens: Callable[[Outage], None],
     make_trial: Callable[..., ResumeTrial],
     undisturbed: Checkpoint,
-    empty_database: Path,
+    mlflow_file: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A stage that has to save ends with an error, and is tried again after the pauses of our flows."""
-    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}"
     trial = make_trial(Path(), num_steps=STEPS, save_every=save_every)
-    places = {"storage.store": in_s3, "storage.cache": str(tmp_path / "cache"), "tracking.uri": uri}
+    places = {"storage.store": in_s3, "storage.cache": str(tmp_path / "cache"), "tracking.uri": mlflow_file}
     trial = trial.with_changes({"resources": trial.resources.with_changes(places)})
 
     def begin() -> None:
@@ -267,7 +272,7 @@ def test_a_store_answers_503_while_a_stage_trains_and_loses_nothing(
         assert first_steps(trial) == [0, save_every]
     check(checkpoint, undisturbed, in_s3)
     assert unsealed(in_s3) == []
-    check_told_once(uri, Path(checkpoint.uri).name, curve_of(checkpoint))
+    check_told_once(mlflow_file, Path(checkpoint.uri).name, curve_of(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -283,14 +288,13 @@ def test_a_disk_fails_while_a_stage_trains_and_the_next_try_goes_on(
     happens: Callable[[Outage], None],
     make_trial: Callable[..., ResumeTrial],
     undisturbed: Checkpoint,
-    empty_database: Path,
-    tmp_path: Path,
+    mlflow_file: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A disk with a file that is open for writing, such as that of metrics, cannot be made read-only."""
     disk = make_disk(DISK_BYTES)
     store, ballast = disk / "store", disk / "ballast"
-    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}" if fault == "is full" else None
+    uri = mlflow_file if fault == "is full" else None
     trial = make_trial(store, num_steps=STEPS, save_every=2)
     changes = {"tracking.uri": uri, "train.record_samples": False}
     trial = trial.with_changes({"resources": trial.resources.with_changes(changes)})
