@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from vila_ops.config import NO_CONTEXT, Stage
-from vila_ops.data.loading.packing import pack
+from vila_ops.data.loading.packing import images_of, pack
 from vila_ops.data.shards import Sample
 from vila_ops.train.job import TrainJob
 from vila_ops.train.loop import load
-from vila_ops.train.projector_fit import images_of, words_after_images
+from vila_ops.train.projector_fit import words_after_images
 
 IMAGE = 9
 

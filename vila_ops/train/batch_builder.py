@@ -12,7 +12,7 @@ from torch import Tensor
 from vila_ops.artifacts.store import content
 from vila_ops.data.images import DAMAGE
 from vila_ops.data.loading.loader import stack
-from vila_ops.data.loading.packing import PackedRow
+from vila_ops.data.loading.packing import PackedRow, images_of
 from vila_ops.data.shards import CorruptShard
 from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
@@ -70,7 +70,7 @@ class BatchBuilder:
         `any_images` says whether any rank has images in this pass; None: there is no other rank. Raises CorruptShard,
         which names the sample, for an image that cannot be decoded.
         """
-        images = [image for row in rows for image in row.images]
+        images = images_of(rows)
         input_ids, position_ids, segment_ids, labels = (torch.from_numpy(array) for array in stack(rows))
         batch = Batch.of_tokens(
             self.model,

@@ -3,13 +3,13 @@
 # I images, D language model dim
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vila_ops.data.loading.loader import RowLoader
-from vila_ops.data.loading.packing import PackedRow
+from vila_ops.data.loading.packing import PackedRow, images_of
 from vila_ops.model.build import embedding_std
 from vila_ops.model.projectors.initialise import fit_to
 from vila_ops.model.projectors.least_squares import LeastSquares
@@ -40,7 +40,8 @@ def fit_projector(
     squares, count = LeastSquares(projector), 0
     embeddings = model.get_input_embeddings().weight.detach()
     for step in range(row_loader.num_steps()):
-        rows, _ = row_loader.batch(step)
+        if step:
+            rows, _ = row_loader.batch(step)
         followed = [words for row in rows for words in words_after_images(row, image_id=model.config.image_token_index)]
         pairs = [(image, words) for image, words in zip(images_of(rows), followed, strict=True) if len(words)]
         if pairs:
@@ -52,11 +53,6 @@ def fit_projector(
             break
     if count:
         squares.fit(2 * std)
-
-
-def images_of(rows: Iterable[PackedRow]) -> list[bytes]:
-    """The images of some rows, in order."""
-    return [image for row in rows for image in row.images]
 
 
 def words_after_images(row: PackedRow, *, image_id: int) -> list[Tensor]:

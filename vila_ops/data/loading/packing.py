@@ -3,7 +3,7 @@
 B rows, T tokens of a row, I images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,11 @@ class PackedRow:
     def keys_of_images(self) -> list[str]:
         """The key of each image's sample."""
         return [key for key, number in zip(self.keys, self.num_images, strict=True) for _ in range(number)]
+
+
+def images_of(rows: Iterable[PackedRow]) -> list[bytes]:
+    """The images of some rows, in order."""
+    return [image for row in rows for image in row.images]
 
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> PackedRow:
