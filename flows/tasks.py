@@ -89,11 +89,10 @@ def train_or_stop(
 
     The signal is caught outside of Prefect's task, as it may come while Prefect waits before another try.
     """
-    job = job_of(stage, model, data, init, resources)
     try:
         return _train_stage(stage, model, data, init, resources, context)
     except TerminationSignal:
-        if job is not None and cancelled():
+        if (job := job_of(stage, model, data, init, resources)) is not None and cancelled():
             try:
                 stop_job(job)
             except (VilaError, ValueError) as error:
