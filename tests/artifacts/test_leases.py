@@ -9,15 +9,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.racing import racers
-from vila_ops.artifacts import attempts
+from vila_ops.artifacts import attempts, leases
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.leases import Holder, Pace, hold
+from vila_ops.artifacts.leases import Holder, Pace, hold, registers
 from vila_ops.artifacts.store import Address, address, backend, begin, content, find, seal
-from vila_ops.errors import CorruptArtifact, LeaseLost
+from vila_ops.errors import CorruptArtifact, LeaseLost, StoreUnreachable
 
 FORK = multiprocessing.get_context("fork")
 ZOMBIES = int(os.environ.get("VILA_ZOMBIES", "2"))
@@ -51,6 +53,14 @@ def at(number: int = 0) -> Address:
 
 def register(store: str) -> str:
     return f"{store}/leases/{at().kind}/{at().key}"
+
+
+def waits(_: float) -> None:
+    raise TimeoutError("it waits")
+
+
+def silent(*_: object, **_more: object) -> None:
+    raise StoreUnreachable("the store does not answer")
 
 
 def test_a_lease_is_held_once_and_fencing_grows_by_one_with_each_holder(store: str) -> None:
@@ -118,11 +128,38 @@ def test_the_lease_of_a_process_that_was_killed_is_free_at_once(store: str) -> N
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, store], check=False).returncode == -9
+    with hold(at(), store=store, pace=Pace(sleep=waits)) as lease:
+        assert lease.fencing == 2
 
-    def never(_: float) -> None:
-        raise AssertionError("it waits for a dead process")
 
-    with hold(at(), store=store, pace=Pace(sleep=never)) as lease:
+def test_a_process_does_not_wait_for_a_lease_that_it_could_not_release(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, hold(at(), store=store) as first:
+        with pytest.raises(TimeoutError), hold(at(), store=store, pace=Pace(sleep=waits)):
+            pass
+        patch.setattr(first, "heartbeat", silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "_ended", set())
+        assert registers(store) == {f"{at().kind}/{at().key}": True}, "another process waits for it"
+    with hold(at(), store=store, pace=Pace(sleep=waits)) as second:
+        assert (second.fencing, second.lost) == (2, False)
+        with pytest.raises(LeaseLost):
+            first.renew()
+
+
+def test_a_process_does_not_wait_for_a_lease_that_it_has_without_knowing(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(*given: Any) -> None:
+        backend(store).swap(*given)
+        silent()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "backend", lambda _: SimpleNamespace(load=backend(store).load, swap=swap))
+        with pytest.raises(StoreUnreachable), hold(at(), store=store):
+            pass
+    with hold(at(), store=store, pace=Pace(sleep=waits)) as lease:
         assert lease.fencing == 2
 
 

@@ -39,6 +39,8 @@ LOST_SECONDS = 180.0
 Outcome = Literal["done", "failed", "stopped"]
 """How the work of a holder ended: with a result, by an error, or because someone or something asked it to end."""
 log = logging.getLogger(__name__)
+_ended: set[str] = set()
+"""Tokens of the leases of this process that the store may still call held, though what held them has ended."""
 
 
 class Holder(Config):
@@ -58,7 +60,12 @@ class Holder(Config):
         return cls(host=socket.gethostname(), pid=process.pid, started=process.started, token=secrets.token_hex(8))
 
     def is_gone(self) -> bool:
-        """Whether the process was of this host and has ended; False where that cannot be known."""
+        """Whether the process was of this host and has ended, or is this one, whose work under the lease has ended.
+
+        False where that cannot be known.
+        """
+        if self.token in _ended:
+            return True
         return self.host == socket.gethostname() and not ProcessId(self.pid, self.started).alive()
 
 
@@ -163,7 +170,12 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
     `probe` raises.
     """
     probe(store)
-    lease = _acquire(f"{root_of(store)}/leases/{at.kind}/{at.key}", pace)
+    own = Holder.myself()
+    try:
+        lease = _acquire(f"{root_of(store)}/leases/{at.kind}/{at.key}", own, pace)
+    except (OSError, VilaError):
+        _ended.add(own.token)  # the store may have taken it, and its answer was lost
+        raise
     done = threading.Event()
     heartbeats = threading.Thread(target=_send_heartbeats, args=(done, lease, pace), daemon=True)
     heartbeats.start()
@@ -180,6 +192,7 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
         try:
             lease.heartbeat(released=True, outcome=outcome)
         except (OSError, VilaError) as error:
+            _ended.add(own.token)
             log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
 
@@ -214,7 +227,7 @@ def forget(name: str, *, store: str) -> None:
 def sign_of_life(at: Address, *, store: str) -> str | None:
     """A text that changes while a process holds the lease of an address, and stays the same when it has died.
 
-    None where the process was of this host and has ended. Raises CorruptArtifact, and what the store raises.
+    None where the holder is known to be gone. Raises CorruptArtifact, and what the store raises.
     """
     record, tag = _load(f"{root_of(store)}/leases/{at.kind}/{at.key}")
     if record is not None and not record.released and record.holder.is_gone():
@@ -278,8 +291,7 @@ def _is_held(register: str) -> bool:
     return record is not None and not record.released and not record.holder.is_gone()
 
 
-def _acquire(register: str, pace: Pace) -> Lease:
-    own = Holder.myself()
+def _acquire(register: str, own: Holder, pace: Pace) -> Lease:
     watched: str | None = None
     since, waits_for = pace.now(), 0
     while True:
