@@ -81,7 +81,7 @@ LONGEST = (
     "tests/train/test_verify_resume.py",
     "tests/faults/test_failpoints.py",
     "tests/model/test_hostile_folders.py",
-    "tests/test_tracking.py",
+    "tests/tracking/test_outbox.py",
     "tests/test_passwords.py",
     "tests/test_image_size.py",
     "tests/test_your_data.py",

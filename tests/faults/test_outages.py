@@ -27,8 +27,8 @@ from mlflow import MlflowClient
 
 from flows.tasks import DELAYS
 from tests.s3_servers import Proxy
-from tests.test_tracking import Server, kept, until
 from tests.told_once import check_told_once
+from tests.tracking.live import Server, kept, until
 from vila_ops.artifacts.attempts import unsealed
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.leases import Pace, hold, registers

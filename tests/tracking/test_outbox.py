@@ -5,28 +5,23 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Metric
 
 from tests.forks import Fork, output_of
+from tests.tracking.live import Server, begin, history, kept, tracked, until
 from vila_ops import tracking
-from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.local import servers
 from vila_ops.tracking import MetricLog, outbox
 from vila_ops.tracking.outbox import Spool
 from vila_ops.tracking.system import SystemMetrics
-from vila_ops.tracking.tables import LoggedTable, log_tables
 
 KILLED = """
 import os, signal, sys
@@ -37,27 +32,7 @@ for step in range(100):
     metrics.log({"loss": step / 8}, step=step)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-LEFT = """
-import os, signal, sys, time
-from mlflow import MlflowClient
-from vila_ops.config import Resources
-from vila_ops.tracking import MetricLog, open_run, outbox
-outbox.SEND_SECONDS = 0.05
-resources = Resources.model_validate_json(sys.argv[1])
-client = MlflowClient(resources.tracking.uri)
-begin = dict(parent=None, params={"rate": 1}, tags={})
-with open_run(resources, "align", key=("address", "a"), **begin) as first:
-    with open_run(resources, "sft", key=("address", "b"), **begin), MetricLog(resources, first) as metrics:
-        for step in range(7):
-            metrics.log_once({"loss": step / 8, "seconds": 1.0}, step=step)
-        while len(client.get_metric_history(first, "seconds")) < 7:
-            time.sleep(0.02)
-        outbox.SEND_SECONDS = 600
-        time.sleep(0.1)
-        for step in range(7, 10):
-            metrics.log_once({"loss": step / 8, "seconds": 1.0}, step=step)
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
+
 FULL = """
 import resource, signal, sys
 from vila_ops.config import Resources
@@ -68,73 +43,6 @@ with MetricLog(Resources.model_validate_json(sys.argv[1]), sys.argv[2]) as metri
     for step in range(100):
         metrics.log({"loss": step / 8}, step=step)
 """
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "SEND_SECONDS", 0.1)
-    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.1)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-def tracked(folder: Path, uri: str | None) -> Resources:
-    """Resources with a store in the folder."""
-    return Resources(launch="inline").with_changes({"storage.store": f"{folder}/store", "tracking.uri": uri})
-
-
-@pytest.fixture
-def resources(tmp_path: Path, empty_database: Path) -> Resources:
-    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
-    return tracked(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
-
-
-@pytest.fixture
-def away(resources: Resources, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch) -> Resources:
-    """The same place, but the server, which asks for a password, does not answer."""
-    (port,) = free_ports(1)
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "u")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
-    return resources.with_changes({"tracking.uri": f"http://127.0.0.1:{port}"})
-
-
-def begin(resources: Resources) -> str:
-    run_id = tracking.start_run(resources, "align", parent=None, params={"a": {"b": 1}}, tags={"task": "train_stage"})
-    assert run_id is not None
-    return run_id
-
-
-def history(resources: Resources, run_id: str, name: str = "loss") -> list[Metric]:
-    """In the order in which they were logged."""
-    assert resources.tracking.uri is not None
-    found = MlflowClient(resources.tracking.uri).get_metric_history(run_id, name)
-    return sorted(found, key=lambda metric: (metric.timestamp, metric.step))
-
-
-def kept(resources: Resources) -> list[Path]:
-    return sorted((resources.storage.scratch() / "metrics").glob("*"))
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 1200
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@dataclass
-class Server:
-    """MLflow's server, on the same database and port each time."""
-
-    told: servers.Server
-    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def start(self) -> None:
-        self.started.append(subprocess.Popen(self.told.command, env={**os.environ, **self.told.env}))
-        until(lambda: self.told.healthy(self.started[-1].pid, 1.0))
-
-    def kill(self) -> None:
-        self.started[-1].kill()
-        self.started[-1].wait()
 
 
 @pytest.fixture
@@ -195,51 +103,6 @@ def test_what_a_killed_writer_left_is_sent_by_the_next_and_never_twice(resources
     tracking.end_run(resources, run_id, "FAILED")
     assert len(history(resources, run_id)) == 101
     assert kept(resources) == []
-
-
-def runs_of(resources: Resources, address: str) -> list[Any]:
-    client = MlflowClient(resources.tracking.uri)
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    return list(client.search_runs([experiment.experiment_id], f"tags.address = '{address}'"))
-
-
-@pytest.mark.slow
-def test_the_next_attempt_goes_on_in_the_run_of_a_killed_one_and_other_dead_runs_end(resources: Resources) -> None:
-    """The killed attempt told steps 0 to 6, kept 7 to 9 in its file, and the next resumes after step 5."""
-    with Fork("-c", LEFT, resources.model_dump_json()) as process:
-        assert process.wait() == -signal.SIGKILL
-    begin_again: dict[str, Any] = {"parent": None, "params": {"rate": 1, "added": 2}, "tags": {"task": "train_stage"}}
-    with (
-        tracking.open_run(resources, "alive", key=("address", "c"), **begin_again),
-        tracking.open_run(resources, "align", key=("address", "a"), **begin_again) as run_id,
-        MetricLog(resources, run_id) as metrics,
-    ):
-        for step in range(5, 15):
-            metrics.log_once({"loss": step / 8, "seconds": 2.0}, step=step)
-        (alive,) = runs_of(resources, "c")
-        assert alive.info.status == "RUNNING"
-    (run,) = runs_of(resources, "a")
-    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
-    assert run.data.params == {"rate": "1", "added": "2"}
-    assert [(one.step, one.value) for one in history(resources, run.info.run_id)] == [(n, n / 8) for n in range(15)]
-    seconds = {one.step: one.value for one in history(resources, run.info.run_id, "seconds")}
-    assert seconds == {step: 1.0 if step < 10 else 2.0 for step in range(15)}
-    assert len(history(resources, run.info.run_id, "seconds")) == 15
-    (dead,) = runs_of(resources, "b")
-    assert dead.info.status == "KILLED"
-    assert kept(resources) == []
-    assert list(Path(resources.storage.store, "leases/alive").iterdir()) == []
-
-
-@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_a_run_ends_as_its_body_does(error: type[BaseException], status: str, resources: Resources) -> None:
-    with (
-        pytest.raises(error),
-        tracking.open_run(resources, "align", key=("address", "a"), parent=None, params={}, tags={}),
-    ):
-        raise error
-    (run,) = runs_of(resources, "a")
-    assert run.info.status == status
 
 
 def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
@@ -440,90 +303,6 @@ def test_entries_that_no_disk_takes_and_no_server_are_told_as_lost(
     assert "the last 5 entries of " in caplog.text
 
 
-def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(away: Resources) -> None:
-    with pytest.raises(ConnectionError, match=r"nothing was computed for it yet.*tracking\.uri") as raised:
-        begin(away)
-    assert "secret" not in str(raised.value)
-    with (
-        pytest.raises(ConnectionError),
-        tracking.open_run(away, "vila", key=("a", "b"), parent=None, params={}, tags={}),
-    ):
-        raise AssertionError
-
-
-def test_a_run_names_the_data_that_it_read(resources: Resources) -> None:
-    run_id = begin(resources)
-    data = Dataset(
-        uri=f"{resources.storage.store}/dataset/x", digest="0123456789abcdef" * 4, num_samples=1, num_tokens=1
-    )
-    tracking.log_input(resources, run_id, data, name="pairs", context="train")
-    run = MlflowClient(resources.tracking.uri).get_run(run_id)
-    (found,) = run.inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.source) == ("pairs", data.uri)
-    assert found.dataset.digest == data.digest[:36]
-    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "train", "digest": data.digest}
-    assert run.data.params == {"a.b": "1"}
-
-
-def test_tables_are_as_mlflow_s_own_and_a_second_sending_doubles_no_row(resources: Resources) -> None:
-    client, run_id, other = MlflowClient(resources.tracking.uri), begin(resources), begin(resources)
-    columns, rows = ("item", "answer", "score"), (("a", 'ä dog, "big"', 0.5), ("b", None, 1.0))
-    for _ in range(2):
-        with MetricLog(resources, run_id) as metrics:
-            log_tables(metrics, {"items/pope.json": LoggedTable(columns, rows)})
-    client.log_table(other, {name: [row[at] for row in rows] for at, name in enumerate(columns)}, "items/pope.json")
-    assert read_table(resources, run_id, "items/pope.json") == read_table(resources, other, "items/pope.json")
-    tags = [client.get_run(one).data.tags["mlflow.loggedArtifacts"] for one in (run_id, other)]
-    assert tags[0] == tags[1]
-
-
-def read_table(resources: Resources, run_id: str, path: str) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(
-        Path(MlflowClient(resources.tracking.uri).download_artifacts(run_id, path)).read_text()
-    )
-    return table
-
-
-def test_an_image_of_a_table_is_a_file_that_the_table_names(resources: Resources) -> None:
-    client, run_id = MlflowClient(resources.tracking.uri), begin(resources)
-    images = (b"\xff\xd8 1", b"\xff\xd8 2")
-    with MetricLog(resources, run_id) as metrics:
-        log_tables(metrics, {"images/pope.json": LoggedTable(("image",), tuple((image,) for image in images))})
-    table = read_table(resources, run_id, "images/pope.json")
-    for (cell,), image in zip(table["data"], images, strict=True):
-        assert cell["type"] == "image"  # and the keys that `log_table` writes
-        for key in ("filepath", "compressed_filepath"):
-            assert Path(client.download_artifacts(run_id, cell[key])).read_bytes() == image
-
-
-def test_a_table_that_was_kept_while_the_server_was_away_arrives(resources: Resources, away: Resources) -> None:
-    run_id = begin(resources)
-    with MetricLog(away, run_id) as metrics:
-        log_tables(metrics, {"items/pope.json": LoggedTable(("item",), (("a",),))})
-    tracking.end_run(resources, begin(resources), "FINISHED")
-    client = MlflowClient(resources.tracking.uri)
-    assert [file.path for file in client.list_artifacts(run_id, "items")] == ["items/pope.json"]
-    assert "items/pope.json" in client.get_run(run_id).data.tags["mlflow.loggedArtifacts"]
-
-
-def test_the_experiment_is_marked_as_one_of_training_runs(resources: Resources) -> None:
-    begin(resources)
-    experiment = MlflowClient(resources.tracking.uri).get_experiment_by_name(tracking.EXPERIMENT)
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-
-
-def test_the_runs_that_mlflow_has_get_a_page(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that another MLflow has, which an earlier run of the same store logged to, gets none."""
-    run_id, database = begin(resources), outbox.connect(resources.tracking.uri or "")
-    experiment = database[0].get_run(run_id).info.experiment_id
-    monkeypatch.setattr(tracking, "connect", lambda _: database)
-    pages = tracking.pages("http://h:1", [None, run_id, "f" * 32])
-    url, shown = f"http://h:1/#/experiments/{experiment}/runs", "?workflowType=machine_learning"
-    assert (pages.all_runs, pages.runs) == (f"{url}{shown}", {run_id: f"{url}/{run_id}{shown}"})
-    assert tracking.pages("http://h:1", [None]) == tracking.Pages(f"{url}{shown}")
-    assert tracking.pages(resources.tracking.uri, [run_id]) == tracking.Pages()
-
-
 def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -> None:
     run_id = begin(resources)
     with MetricLog(resources, run_id, system=SystemMetrics()) as metrics:
@@ -546,12 +325,3 @@ def test_a_load_that_cannot_be_read_stops_nothing_else(
         metrics.log({"loss": 1.0}, step=7)
     assert [metric.value for metric in history(resources, run_id)] == [1.0]
     assert caplog.text.count("load is no longer logged") == 1
-
-
-def test_without_a_tracking_uri_nothing_is_written(tmp_path: Path) -> None:
-    resources = tracked(tmp_path, None)
-    assert tracking.start_run(resources, "align", parent=None, params={}, tags={}) is None
-    with MetricLog(resources, None) as metrics:
-        metrics.log({"loss": 1.0}, step=1)
-    tracking.end_run(resources, None, "FINISHED")
-    assert list(tmp_path.iterdir()) == []
