@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from botocore.retries.standard import ExponentialBackoff
 from mlflow import MlflowClient
 
 from flows.tasks import DELAYS
-from tests.s3_servers import Proxy
+from tests.s3_servers import Fault, Proxy
 from tests.told_once import check_told_once
-from tests.tracking.live import Server, kept, until
+from tests.tracking.live import Server, kept, tracked, until
+from vila_ops import tracking
 from vila_ops.artifacts.attempts import unsealed
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.leases import Pace, hold, registers
@@ -204,6 +206,32 @@ def test_mlflow_is_away_while_a_stage_trains_and_then_has_every_step_once(
     assert "answers again" in caplog.text
     check_told_once(uri, Path(checkpoint.uri).name, curve_of(checkpoint))
     assert kept(trial.resources) == []
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_the_runs_that_mlflow_makes_of_requests_whose_answers_are_lost_end(
+    lost: int, mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a request three times, as it does to a server that hangs."""
+    for name, value in {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "0", "BACKOFF_JITTER": "0"}.items():
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    faults: list[Fault] = ["lost"] * lost
+    begin: dict[str, Any] = {"key": ("address", "a"), "parent": None, "params": {"rate": 1}, "tags": {}}
+    with Proxy(mlflow.told.url) as front:
+        front.choose = lambda _, target: faults.pop() if target.endswith("/runs/create") and faults else None
+        threading.Thread(target=front.serve_forever, args=(0.05,), daemon=True).start()
+        resources = tracked(tmp_path, front.endpoint)
+        if lost == 3:
+            with pytest.raises(ConnectionError), tracking.open_run(resources, "align", **begin):
+                raise AssertionError
+        with tracking.open_run(resources, "align", **begin) as run_id:
+            pass
+        front.shutdown()
+    client = MlflowClient(mlflow.told.url)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    statuses = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
+    assert statuses.pop(run_id) == "FINISHED"
+    assert list(statuses.values()) == ["KILLED"] * 2
 
 
 @pytest.fixture

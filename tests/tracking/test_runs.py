@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from tests.forks import Fork
 from tests.tracking.live import begin, history, kept, tracked
@@ -17,6 +18,7 @@ from vila_ops.tracking import MetricLog, outbox
 LEFT = """
 import os, signal, sys, time
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from vila_ops.config import Resources
 from vila_ops.tracking import MetricLog, open_run, outbox
 outbox.SEND_SECONDS = 0.05
@@ -80,6 +82,57 @@ def test_a_run_ends_as_its_body_does(error: type[BaseException], status: str, re
         raise error
     (run,) = runs_of(resources, "a")
     assert run.info.status == status
+
+
+BEGIN: dict[str, Any] = {"parent": None, "params": {"rate": 1}, "tags": {}}
+
+
+def make_again(monkeypatch: pytest.MonkeyPatch, *, answered: int | None) -> None:
+    """Have MLflow make three runs of one request, and tell the client of none or of one of them."""
+    honest = MlflowClient.create_run
+
+    def create_run(*given: Any, **more: Any) -> Any:
+        made = [honest(*given, start_time=1, **more) for _ in range(3)]
+        if answered is None:
+            raise MlflowException("timed out")
+        return sorted(made, key=lambda run: run.info.run_id)[answered]
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_run)
+
+
+@pytest.mark.parametrize("answered", range(3))
+def test_runs_that_mlflow_made_again_end_and_their_twin_is_gone_on_with(
+    answered: int, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        make_again(patch, answered=answered)
+        with tracking.open_run(resources, "align", key=("address", "a"), **BEGIN) as run_id:
+            assert [run.info.status for run in runs_of(resources, "a")] == ["RUNNING"] * 3
+    for _ in range(2):
+        statuses = {run.info.run_id: run.info.status for run in runs_of(resources, "a")}
+        assert statuses.pop(run_id or "") == "FINISHED"
+        assert list(statuses.values()) == ["KILLED"] * 2
+        with tracking.open_run(resources, "align", key=("address", "a"), **BEGIN) as again:
+            assert again == run_id
+
+
+def test_of_runs_that_mlflow_made_without_an_answer_one_is_gone_on_with_and_the_others_end(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking.open_run(resources, "vila", key=("recipe", "r"), **BEGIN) as parent:
+        with monkeypatch.context() as patch:
+            make_again(patch, answered=None)
+            with (
+                pytest.raises(ConnectionError),
+                tracking.open_run(resources, "align", key=("address", "a"), **{**BEGIN, "parent": parent}),
+            ):
+                raise AssertionError
+        with tracking.open_run(resources, "align", key=("address", "a"), **{**BEGIN, "parent": parent}):
+            assert [run.info.status for run in runs_of(resources, "a")] == ["RUNNING"] * 3
+    with tracking.open_run(resources, "vila", key=("recipe", "r"), **BEGIN) as again:
+        assert again == parent
+    assert sorted(run.info.status for run in runs_of(resources, "a")) == ["FINISHED", "KILLED", "KILLED"]
+    assert list(Path(resources.storage.store, "leases/alive").iterdir()) == []
 
 
 def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(away: Resources) -> None:

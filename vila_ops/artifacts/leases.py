@@ -200,18 +200,16 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
 def alive(store: str) -> Iterator[str]:
     """Hold a lease of this process alone while the body runs, so that others see when it is killed; yields its name.
 
-    It is removed at the end. What a killed process leaves is among `killed`. Raises what `probe` raises.
+    It is removed where the body ends well. What is left of others is among `ended`. Raises what `probe` raises.
     """
     at = Address(kind=ALIVE, key=secrets.token_hex(16), recipe=None, parents=())
-    try:
-        with hold(at, store=store):
-            yield at.key
-    finally:
-        forget(at.key, store=store)
+    with hold(at, store=store):
+        yield at.key
+    forget(at.key, store=store)
 
 
-def killed(store: str) -> list[str]:
-    """Names of the leases by `alive` whose processes ended without a word, see `registers`."""
+def ended(store: str) -> list[str]:
+    """Names of the leases by `alive` whose bodies ended by an error or with their processes, see `registers`."""
     return [at.partition("/")[2] for at, is_held in registers(store, kind=ALIVE).items() if not is_held]
 
 

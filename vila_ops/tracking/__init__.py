@@ -19,7 +19,11 @@ from vila_ops.tracking.outbox import connect, shown
 
 EXPERIMENT = "vila"
 LEASE = "lease"
-"""Tag with the name of the lease, see `leases.alive`, of the process that runs a run."""
+"""Tag with the name of the lease, see `leases.alive`, of the process that runs a run.
+
+A server that hangs makes a run of each request that MLflow's client sends again, and of the last one too where nobody
+waits for its answer any more. All of them have this tag.
+"""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """The tag that marks an experiment as one of training runs, not of traces of an application."""
 TRAINING = "?workflowType=machine_learning"
@@ -76,8 +80,8 @@ def open_run(
 ) -> Iterator[str | None]:  # fmt: skip
     """The MLflow run with the tag `key` while the body runs: one that was begun before goes on, else it is a new one.
 
-    Its lease shows that this process lives. Where a process was killed, the next one without a parent ends its runs as
-    KILLED. Raises TrackerUnreachable, TrackerRefused.
+    Its lease shows that this process lives. Where a process was killed or could not begin its run, the next one without
+    a parent ends the runs of its lease as KILLED. Raises TrackerUnreachable, TrackerRefused.
     """
     uri, store = resources.tracking.uri, resources.storage.store
     if uri is None:
@@ -85,10 +89,11 @@ def open_run(
         return
     with leases.alive(store) as lease:
         if parent is None:
-            _end_killed(uri, store)
+            _end_left(uri, store)
         tags = {**tags, LEASE: lease}
         run_id = _reopened(uri, name, key, params, {**tags, **({"mlflow.parentRunId": parent} if parent else {})})
-        if run_id is None:
+        is_new = run_id is None
+        if is_new:
             run_id = start_run(resources, name, parent=parent, params=params, tags={**tags, key[0]: key[1]})
         status: Status = "KILLED"
         try:
@@ -98,31 +103,38 @@ def open_run(
             status = "KILLED" if isinstance(error, Preempted) else "FAILED"
             raise
         finally:
-            end_run(resources, run_id, status)
+            with MetricLog(resources, run_id) as run:
+                if is_new:
+                    run.end_twins(LEASE, lease)
+                run.end(status)
 
 
 def _reopened(
     tracking_uri: str, name: str, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
 ) -> str | None:
-    """The run with the tag `key`, running again, with these tags and those params that it lacks; None without one."""
+    """The run with the tag `key`, running again, with these tags and those params that it lacks; None without one.
+
+    Of several it is the newest to which something was logged.
+    """
     client, entities = connect(tracking_uri)
     with translated(tracking_uri, f"the run {name!r}; nothing was computed for it yet"):
         runs = _runs_with(tracking_uri, *key)
         if not runs:
             return None
-        run_id: str = runs[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
+        run = next((one for one in runs if one.data.params), runs[0])
+        run_id: str = run.info.run_id
         client.log_batch(run_id, tags=[entities.RunTag(tag, value) for tag, value in tags.items()])
-        there = runs[0].data.params
+        client.update_run(run_id, status="RUNNING")  # under the new lease: another process ends those of the old one
+        there = run.data.params
         _log_params(client, run_id, [entities.Param(k, v) for k, v in _texts(params).items() if k not in there])
     return run_id
 
 
-def _end_killed(tracking_uri: str, store: str) -> None:
-    """End the runs whose processes ended without a word."""
+def _end_left(tracking_uri: str, store: str) -> None:
+    """End the runs that go on in MLflow alone."""
     client, _ = connect(tracking_uri)
-    for lease in leases.killed(store):
-        with translated(tracking_uri, "the end of runs whose processes were killed; nothing was computed yet"):
+    for lease in leases.ended(store):
+        with translated(tracking_uri, "the end of runs whose processes have ended; nothing was computed yet"):
             for run in _runs_with(tracking_uri, LEASE, lease):
                 if run.info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, "KILLED")

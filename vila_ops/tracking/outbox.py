@@ -47,7 +47,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run ended."""
 Entry = dict[str, Any]
 """One of `metrics` and `once` ([name, value, milliseconds, step] each), `file` (a path), `content` (base64, and its
-path among the run's artifacts), `tag` ([key, value]) and `status` (with milliseconds)."""
+path among the run's artifacts), `tag` ([key, value]), `twins` ([tag, value]) and `status` (with milliseconds)."""
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +96,10 @@ class MetricLog:
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         self._put({"tag": [key, value]})
+
+    def end_twins(self, tag: str, value: str) -> None:
+        """End the other runs with this tag as KILLED: nobody else was told of them."""
+        self._put({"twins": [tag, value]})
 
     def end(self, status: Status) -> None:
         """Record that the run has ended."""
@@ -341,6 +345,9 @@ def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
             case "tag":
                 for entry in group:
                     client.set_tag(run_id, *entry["tag"])
+            case "twins":
+                for entry in group:
+                    _end_twins(client, run_id, *entry["twins"])
             case "status":
                 for entry in group:
                     client.set_terminated(run_id, entry["status"], entry["at"])
@@ -349,12 +356,19 @@ def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
 
 
 def _kind(entry: Entry) -> str:
-    return next(kind for kind in ("metrics", "once", "content", "tag", "status", "file") if kind in entry)
+    return next(kind for kind in ("metrics", "once", "content", "tag", "twins", "status", "file") if kind in entry)
 
 
 def _last_steps(client: Any, run_id: str) -> dict[str, int]:
     """The last step of each metric that MLflow has of a run. The public properties of a run have the values alone."""
     return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
+
+
+def _end_twins(client: Any, run_id: str, tag: str, value: str) -> None:
+    experiment = client.get_run(run_id).info.experiment_id
+    for run in client.search_runs([experiment], f"tags.{tag} = '{value}'"):
+        if run.info.run_id != run_id and run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _write_contents(folder: Path, entries: Iterable[Entry]) -> None:
