@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -92,7 +93,19 @@ def test_the_deployments_of_kubernetes_go_to_such_a_pool(
     assert ask(servers, "GET", "/deployments/name/vila/full-pipeline")["work_pool_name"] == "local"
 
 
-def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_window(first: Json, servers: Json) -> None:
+@pytest.fixture
+def scheduled(first: Json, servers: Json) -> Iterator[Json]:
+    """The deployment with a schedule. However its test ends, no schedule is active after it."""
+    deployment = ask(servers, "GET", "/deployments/name/vila-retrain/scheduled")
+    yield deployment
+    place = f"/deployments/{deployment['id']}"
+    for one in ask(servers, "GET", place)["schedules"]:
+        ask(servers, "PATCH", f"{place}/schedules/{one['id']}", {"active": False})
+
+
+def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_window(
+    scheduled: Json, servers: Json
+) -> None:
     """Two schedules that a person added start at once. What people made of schedules outlives a new deployment."""
     folder, store = servers["folder"], servers["resources"]["storage"]["store"]
     (folder / "inbox").mkdir()
@@ -101,10 +114,9 @@ def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_win
     files = {name: f"{folder}/{name}.yaml" for name in ("recipe", "resources")}
     parameters = {**files, "policy": policy, "trigger": "schedule"}
     every = {"schedule": {"interval": 15}, "active": True, "parameters": parameters}
-    deployment = ask(servers, "GET", "/deployments/name/vila-retrain/scheduled")
-    (ours,), place = deployment["schedules"], f"/deployments/{deployment['id']}"
+    (ours,), place = scheduled["schedules"], f"/deployments/{scheduled['id']}"
     own, other = (one["id"] for one in ask(servers, "POST", f"{place}/schedules", [every, every]))
-    completed = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["COMPLETED"]}}}
+    completed = {"deployment_id": {"any_": [scheduled["id"]]}, "state": {"type": {"any_": ["COMPLETED"]}}}
 
     def ended() -> list[Json]:
         return list(ask(servers, "POST", "/flow_runs/filter", {"flow_runs": completed}))
@@ -127,6 +139,6 @@ def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_win
     with contextlib.chdir(ROOT):
         deployments.deploy_flows(servers["settings"])
     after = ask(servers, "GET", place)
-    assert after["version"] == deployment["version"]
+    assert after["version"] == scheduled["version"]
     assert {str(one["schedule"]): one["active"] for one in after["schedules"]} == before
     assert sorted(before.values()) == [False, True]
