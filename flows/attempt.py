@@ -20,10 +20,12 @@ from typing import Self, TypeVar
 from uuid import UUID
 
 import httpx
-import mlflow.exceptions  # noqa: F401 each run asks MLflow; imported here, it takes no time of a run's own
+import mlflow.tracking.request_header.registry  # noqa: F401 each run asks MLflow; this takes no time of a run's own
+import pyarrow.dataset  # noqa: F401 by which each run reads indices
 from prefect import get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled
@@ -34,6 +36,7 @@ from vila_ops.artifacts import leases
 from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
+from vila_ops.config.base import build_schemas
 from vila_ops.errors import Preempted
 from vila_ops.pipeline.explain import Step, works
 from vila_ops.pipeline.sweeper import ATTEMPT, JOB, JOB_SERVER, LABEL, lease_of
@@ -48,6 +51,7 @@ RETRY_SECONDS = 0.5
 AGAIN_SECONDS = 1.0
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+build_schemas()  # a run uses most of them
 
 
 def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tuple[str, ...]) -> Run:
@@ -76,19 +80,18 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
     Outside of a flow run it works alone. For Prefect a preempted machine is a crash, after which another process goes
     on.
     """
-    flow_run, store = runtime.flow_run.id, run.resources.storage.store
-    if flow_run is None:
+    context, store = FlowRunContext.get(), run.resources.storage.store
+    if context is None or context.flow_run is None:
         return work()
+    flow_run, name = context.flow_run, f"{runtime.flow_run.flow_name} {run.recipe.name}"
     threading.Thread(target=_outlive_the_worker, name="standard streams", daemon=True).start()
-    with _terminated_once(), _CancelWatchdog(UUID(flow_run)) as watchdog:
+    with _terminated_once(), _CancelWatchdog(flow_run.id) as watchdog:
         try:
-            with leases.hold(lease_of(flow_run), store=store) as lease:
-                lease.report = Reporter("flow", f"{runtime.flow_run.flow_name} {run.recipe.name}")
+            with leases.hold(lease_of(str(flow_run.id)), store=store) as lease:
+                lease.report = Reporter("flow", name)
                 with get_client(sync_client=True) as client:
-                    state = client.read_flow_run(UUID(flow_run)).state_id
-                    client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store), ATTEMPT: str(state)})
-                name = f"{runtime.flow_run.flow_name} {run.recipe.name}"
-                with telling_of_promotions(run), tracing.work("flow", name, flow_run=flow_run):
+                    client.update_flow_run_labels(flow_run.id, {LABEL: root_of(store), ATTEMPT: str(flow_run.state_id)})
+                with telling_of_promotions(run), tracing.work("flow", name, flow_run=str(flow_run.id)):
                     return work()
         except (TerminationSignal, Preempted) as error:
             if not watchdog.cancelled:
@@ -203,14 +206,16 @@ class _CancelWatchdog:
         _watching.reset(self._token)
 
     def _run(self) -> None:
+        if self._done.wait(POLL_SECONDS):  # an unchanged run needs no client
+            return
         with _asking() as client:
-            while not self._done.wait(POLL_SECONDS):
-                if _is_cancelled(client, self._flow_run):
-                    self.cancelled = True
-                    log.warning("this flow run was cancelled and ends; what was finished is kept")
-                    os.kill(os.getpid(), signal.SIGTERM)  # Prefect turns it into an exception in the main thread
-                    break
-        if self.cancelled and not self._done.wait(STOP_SECONDS):
+            while not _is_cancelled(client, self._flow_run):
+                if self._done.wait(POLL_SECONDS):
+                    return
+        self.cancelled = True
+        log.warning("this flow run was cancelled and ends; what was finished is kept")
+        os.kill(os.getpid(), signal.SIGTERM)  # Prefect turns it into an exception in the main thread
+        if not self._done.wait(STOP_SECONDS):
             os.kill(os.getpid(), signal.SIGKILL)  # the sweeper tells Prefect
 
 

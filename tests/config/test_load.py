@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from vila_ops.config import Config, Resources, Run
+from vila_ops.config.base import build_schemas
 from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
 from vila_ops.config.mixture import Mixture
@@ -385,3 +386,22 @@ def test_no_setting_is_named_as_the_method_that_makes_an_object_a_mapping() -> N
     ours = [kind for kind in kinds if kind.__module__.startswith("vila_ops.config")]
     assert len(ours) > 50
     assert [kind.__name__ for kind in ours if "keys" in kind.model_fields] == []
+
+
+def test_schemas_are_built_all_at_once_each_in_those_that_hold_it() -> None:
+    class Inner(Config):
+        number: int
+
+    class Outer(Config):
+        inner: Inner
+
+    class Derived(Outer):
+        other: Inner
+
+    assert not Inner.__pydantic_complete__
+    build_schemas()
+    assert all(one.__pydantic_complete__ for one in (Inner, Outer, Derived, Run))
+    made = Derived.model_validate({"inner": {"number": "1"}, "other": {"number": 2}})
+    assert made.model_dump() == {"inner": {"number": 1}, "other": {"number": 2}}
+    with pytest.raises(ValidationError, match=r"inner\.number"):
+        Outer.model_validate({"inner": {}})

@@ -40,6 +40,22 @@ class Config(BaseModel):
         return fingerprint(self.model_dump(mode="json"))
 
 
+def build_schemas() -> None:
+    """Build the schemas of all classes that are imported, each once: those of fields before the classes that hold them.
+
+    At first use, pydantic builds a class with all that it holds: one that several hold is built again in each.
+    """
+    for one in _below(Config):
+        one.model_rebuild()
+
+
+def _below(base: type[Config]) -> Iterator[type[Config]]:
+    """The classes derived from one in the order of their definitions, each before those derived from it."""
+    for one in base.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
 def fingerprint(value: Any) -> str:
     """sha256 of the canonical JSON form (sorted keys, no spaces, no NaN)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
