@@ -8,10 +8,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
+from prefect.utilities.annotations import opaque
 
 from flows.attempt import cancelled, follow
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
@@ -48,15 +49,25 @@ def retry_may_help(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> 
     )
 
 
+class OpaqueTask(Task[P, R]):
+    """A task of Prefect, which looks at whose results the arguments are, but not at each setting in them."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it in this process."""
+        call: Callable[..., Any] = super().__call__
+        return call(*map(opaque, args), **{key: opaque(value) for key, value in kwargs.items()})
+
+
 def _task(function: Callable[P, R], *, name: str | None = None, retries: int = len(DELAYS)) -> Task[P, R]:
-    return task(
+    return OpaqueTask(
+        function,
         task_run_name=name,
         retries=retries,
         retry_delay_seconds=list(DELAYS[:retries]),
         retry_jitter_factor=JITTER,
         retry_condition_fn=retry_may_help,
         cache_policy=NO_CACHE,
-    )(function)
+    )
 
 
 def train_stage(

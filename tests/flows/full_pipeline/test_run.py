@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from openai import OpenAI
 
 from tests.flows.demo_command import command, kill_once_started
-from tests.flows.flow_runs import ROOT, STAGES, Json, artifacts_of, until
+from tests.flows.flow_runs import ROOT, STAGES, Json, artifacts_of, ask, until
 from vila_ops import local
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -110,6 +110,32 @@ def test_the_page_of_a_run_says_what_ran_and_what_it_took(first: Json, servers: 
     assert set(models[0]) == {"metric", "base", *STAGES}
     probed = {one["name"] for one in first["metrics"] if one["suite"] == "tiny_probe" and one["role"] == "model"}
     assert {row["metric"] for row in models} == probed
+
+
+def test_prefects_graph_shows_which_task_reads_the_result_of_which(first: Json, servers: Json) -> None:
+    wanted = {"flow_runs": {"id": {"any_": [first["prefect_flow_run"]]}}}
+    until(lambda: len(ask(servers, "POST", "/task_runs/filter", wanted)) == 15)  # Prefect records them in its own time
+    runs = {run["id"]: run for run in ask(servers, "POST", "/task_runs/filter", wanted)}
+
+    def name(run: str) -> str:
+        return str(runs[run]["name"]).partition("-")[0]  # of a task without a name of its own, the rest is random
+
+    reads = {
+        name(number): sorted(name(one["id"]) for given in run["task_inputs"].values() for one in given)
+        for number, run in runs.items()
+        if run["name"] != "evaluate on tiny_probe"  # four of them
+    }
+    prepared = {f"prepare tiny_{mixture}": [] for mixture in ("held_out", *STAGES)}
+    assert reads == {
+        "assemble": [],
+        **prepared,
+        "train align": ["assemble", "prepare tiny_align"],
+        "train pretrain": ["prepare tiny_pretrain", "train align"],
+        "train sft": ["prepare tiny_sft", "train pretrain"],
+        "evaluate on tiny": ["prepare tiny_held_out", "train sft"],
+        "register": ["evaluate on tiny", "train sft"],
+        "deploy": ["register"],
+    }
 
 
 def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
