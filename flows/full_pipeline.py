@@ -51,12 +51,14 @@ def _checked_steps(run: Run) -> list[Step]:
 
 
 def _work(run: Run, steps: Sequence[Step]) -> dict[str, str]:
-    pages.show_plan(steps)
-    progress = pages.TaskProgress(steps)
     address = settings.PREFECT_UI_URL.value()  # None without a server's address
     context = RunContext(links={"prefect": address} if address else {})
-    outcome = run_pipeline(run, progress.counting(TASKS), context=context, flow_run=runtime.flow_run.id)
-    page = summary.write(run, outcome)
-    pages.show_outcome(page)
-    progress.close()
-    return {"report": page.html, "summary": page.json, **{n: c.digest for n, c in outcome.checkpoints().items()}}
+    with pages.opened() as page:
+        page.show_plan(steps)
+        progress = pages.TaskProgress(page, steps)
+        outcome = run_pipeline(run, progress.counting(TASKS), context=context, flow_run=runtime.flow_run.id)
+        content = summary.gather(run, outcome)
+        page.show_outcome(content.summary)
+        progress.close()
+        files = summary.write(run, outcome, content)
+    return {"report": files.html, "summary": files.json, **{n: c.digest for n, c in outcome.checkpoints().items()}}

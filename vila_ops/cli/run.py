@@ -250,7 +250,7 @@ def run(
         return
     summary.check(loaded)
     outcome = run_pipeline(loaded, context=context)
-    page = summary.write(loaded, outcome)
+    page = summary.write(loaded, outcome, summary.gather(loaded, outcome))
     if as_json:
         print_result(outcome, as_json)
     else:

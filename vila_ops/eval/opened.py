@@ -112,7 +112,7 @@ def open_benchmark(report: EvalReport, name: str) -> OpenedBenchmark:
     Raises CorruptArtifact, and ValueError for what another version of vila-ops scored or for items that are not there.
     """
     root = store.store_of(report.uri)
-    result = result_of(report, name)
+    result = result_of(read_report(report).benchmarks[name], store=root)
     manifest = store.manifest_of(result)
     recipe, (model, source, *_) = manifest["recipe"], manifest["parents"]
     config = _config(manifest, f"{name} of {report.uri}")

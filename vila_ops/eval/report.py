@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from vila_ops.artifacts.kinds import BenchmarkResult, EvalReport
-from vila_ops.artifacts.store import file, manifest_of, read_manifest, reference, store_of
+from vila_ops.artifacts.store import file, manifest_of, read_manifest, reference
 from vila_ops.config import Config, OfficialSuite, Suite
 
 if TYPE_CHECKING:  # heavy: pyarrow
@@ -203,10 +203,9 @@ def read_report(report: EvalReport) -> Report:
     return Report.model_validate_json(file(report, REPORT).read_text())
 
 
-def result_of(report: EvalReport, name: str) -> BenchmarkResult:
-    """The result of a benchmark of a report, by the suite's name of it. Raises CorruptArtifact."""
-    sealed = read_report(report).benchmarks[name]
-    uri = f"{store_of(report.uri)}/{sealed.address}"
+def result_of(sealed: ResultReference, *, store: str) -> BenchmarkResult:
+    """The result of a benchmark that a report of a store refers to. Raises CorruptArtifact."""
+    uri = f"{store}/{sealed.address}"
     result = reference(BenchmarkResult, uri, read_manifest(uri))
     return BenchmarkResult(**{**dict(result), "digest": sealed.digest})
 

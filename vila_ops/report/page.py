@@ -98,7 +98,7 @@ GAPS = {
 """The losses that may show an effect of the image: the name of the loss, and what it is a loss of."""
 
 
-def render(summary: Json, curves: dict[str, list[Json]], images: Mapping[str, str]) -> str:
+def render(summary: Json, curves: Mapping[str, Sequence[Json]], images: Mapping[str, str]) -> str:
     """The page as HTML; it loads nothing and runs no script. `images` has those of the captions, by their items.
 
     Raises ValueError for an image that is not a data URL.
@@ -286,7 +286,7 @@ class Chart:
     stages: list[StageCurve]
 
 
-def loss_chart(curves: dict[str, list[Json]]) -> Chart | None:
+def loss_chart(curves: Mapping[str, Sequence[Json]]) -> Chart | None:
     """The chart of all stages; None without a loss."""
     curves = {name: rows for name, rows in curves.items() if rows}
     losses = [row[key] for rows in curves.values() for row in rows for key in ("loss", "validation_loss") if key in row]
@@ -306,7 +306,7 @@ def widths(steps: Sequence[int], *, least: float = 20) -> list[float]:
     return [100 * share / sum(raw) for share in raw]
 
 
-def _stage_curve(name: str, rows: list[Json], scale: Axis, *, left: float, width: float) -> StageCurve:
+def _stage_curve(name: str, rows: Sequence[Json], scale: Axis, *, left: float, width: float) -> StageCurve:
     steps = max(1, rows[-1]["step"])
 
     def placed(points: Iterable[tuple[int, float]]) -> list[Point]:
@@ -327,7 +327,7 @@ def _stage_curve(name: str, rows: list[Json], scale: Axis, *, left: float, width
     )
 
 
-def finite(rows: list[Json], key: str) -> list[tuple[int, float]]:
+def finite(rows: Sequence[Json], key: str) -> list[tuple[int, float]]:
     """Step and value of the rows with a finite value."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 

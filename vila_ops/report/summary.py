@@ -1,16 +1,16 @@
 """The summary of a pipeline run, read from the sealed manifests and from the serving replica."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vila_ops import tracking
 from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, EvalReport
-from vila_ops.artifacts.store import read_manifest
+from vila_ops.artifacts.store import read_manifest, store_of
 from vila_ops.config import NO_CONTEXT, Run, RunContext, Suite
 from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, named, samples_of
@@ -38,28 +38,52 @@ BEGINS = {
 }
 """The files of a report, and the text that each begins with."""
 Json = dict[str, Any]
+Curves = Mapping[str, Sequence[Json]]
+
+
+class OfModel(NamedTuple):
+    """A report with the name of its model."""
+
+    model: str
+    sealed: EvalReport
+    report: Report
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a report shows."""
+
+    summary: Json
+    """All but the rest, as JSON values."""
+    curves: Curves
+    """The losses by step of each stage."""
+    images: Mapping[str, str]
+    """The image of each caption by its item, as a data URL."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """The files of a report and its content."""
+    """The files of a report."""
 
-    summary: Json
     json: str
     html: str
 
 
-def write(run: Run, outcome: Outcome) -> Page:
+def gather(run: Run, outcome: Outcome) -> Content:
+    """Read what the report shows: sealed artifacts, the runs that MLflow has, and what the replica says of itself."""
+    reports = [OfModel(name, sealed, read_report(sealed)) for name, sealed in _reports(outcome)]
+    curves = {name: curve_of(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
+    shown, images = _captions(run, outcome, reports[-1])
+    return Content(_summary(run, outcome, reports, curves, shown), curves, images)
+
+
+def write(run: Run, outcome: Outcome, content: Content) -> Page:
     """Write the files of a report into `<scratch>/<recipe name>`; ask.json only where something is served."""
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    shown, images = _captions(run, outcome)
-    summary = summarise(run, outcome, shown)
-    curves = {name: curve_of(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
-    html = render(summary, curves, images)
     texts = {
-        "summary.json": json.dumps(summary, indent=1),
-        "report.html": html,
+        "summary.json": json.dumps(content.summary, indent=1),
+        "report.html": render(content.summary, content.curves, content.images),
     }
     if not _is_page_of(folder / "evaluation.html", outcome.report):  # an unchanged run imports nothing heavy
         texts["evaluation.html"] = evaluation.render(evaluation.gather(_final_job(run, outcome), outcome.report))
@@ -67,7 +91,7 @@ def write(run: Run, outcome: Outcome) -> Page:
         texts["ask.json"] = body(outcome.answer)
     for name, text in texts.items():
         output.write_file(folder / name, text, begins=BEGINS[name])
-    return Page(summary, str(folder / "summary.json"), str(folder / "report.html"))
+    return Page(str(folder / "summary.json"), str(folder / "report.html"))
 
 
 def _is_page_of(page: Path, report: EvalReport) -> bool:
@@ -94,9 +118,8 @@ def check(run: Run) -> None:
         )
 
 
-def summarise(run: Run, outcome: Outcome, shown: list[Json]) -> Json:
-    """All that the report shows but loss curves and images of captions, as JSON values. `shown` are the captions."""
-    stages = [_stage(checkpoint) for checkpoint in outcome.checkpoints().values()]
+def _summary(run: Run, outcome: Outcome, reports: Sequence[OfModel], curves: Curves, captions: Sequence[Json]) -> Json:
+    stages = [_stage(checkpoint, curves[name]) for name, checkpoint in outcome.checkpoints().items()]
     uri, parent = run.resources.tracking.uri, outcome.context.parent_run
     pages = tracking.pages(uri, [parent, *(stage["mlflow_run"] for stage in stages)])
     return {
@@ -122,9 +145,9 @@ def summarise(run: Run, outcome: Outcome, shown: list[Json]) -> Json:
         "stages": [{**stage, "mlflow_page": pages.runs.get(stage["mlflow_run"])} for stage in stages],
         "tasks": _tasks(outcome),
         "cost": [cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
-        "metrics": _metrics(run, outcome),
-        "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
-        "captions": shown,
+        "metrics": _metrics(run, reports),
+        "layers": [point for one in reports[:-1] for point in layers_of(one.model, one.report)],
+        "captions": captions,
         "answer": _answer(outcome),
         "serving": _serving(outcome),
         "versions": versions(),
@@ -140,7 +163,8 @@ def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
     output.check_file(out, begins=output.MARK)
     names = [BASE, *run.recipe.stages]
     suite = run.recipe.stage_suite
-    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name, suite, context=context))]
+    reports = {name: read_report(evaluate_stage(run, name, suite, context=context)) for name in names}
+    points = [point for name, report in reports.items() for point in layers_of(name, report)]
     drawn = draw(points)
     if drawn is None:
         raise ValueError(
@@ -195,9 +219,8 @@ def _folder(run: Run) -> Path:
     return run.resources.storage.scratch() / run.recipe.name
 
 
-def _stage(checkpoint: Checkpoint) -> Json:
+def _stage(checkpoint: Checkpoint, rows: Sequence[Json]) -> Json:
     manifest = read_manifest(checkpoint.uri)
-    rows = curve_of(checkpoint)
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
     return {
@@ -259,13 +282,12 @@ def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
     return [*outcome.stage_reports.items(), (list(outcome.stage_reports)[-1], outcome.report)]
 
 
-def _metrics(run: Run, outcome: Outcome) -> list[Json]:
+def _metrics(run: Run, reports: Sequence[OfModel]) -> list[Json]:
     """The metrics of every report with their models, and with published numbers of the same measurement."""
-    suites: list[Suite] = [*(run.recipe.stage_suite for _ in outcome.stage_reports), run.recipe.final_suite]
+    suites: list[Suite] = [*(run.recipe.stage_suite for _ in reports[:-1]), run.recipe.final_suite]
     metrics = []
-    for suite, (name, sealed) in zip(suites, _reports(outcome), strict=True):
-        report = read_report(sealed)
-        own = {"model": name, "suite": report.suite, "split": report.split}
+    for suite, (model, _, report) in zip(suites, reports, strict=True):
+        own = {"model": model, "suite": report.suite, "split": report.split}
         metrics += [
             {**own, **dict(metric), "published": _published(suite, report, metric)} for metric in report.metrics
         ]
@@ -281,9 +303,9 @@ def _published(suite: Suite, report: Report, metric: ReportMetric) -> list[Json]
     return []
 
 
-def layers_of(name: str, report: EvalReport) -> list[Json]:
+def layers_of(name: str, report: Report) -> list[Json]:
     """The numbers of each layer in a report, with the name of its model."""
-    return [{"model": name, **dict(point)} for point in read_report(report).layers]
+    return [{"model": name, **dict(point)} for point in report.layers]
 
 
 def _answer(outcome: Outcome) -> Json | None:
@@ -296,19 +318,20 @@ def _serving(outcome: Outcome) -> Json:
     """The replica's answer to a health request now."""
     if outcome.deployment is None:
         return {}
-    response = endpoint.client().get(f"{outcome.deployment.url}/health", headers=authorization(), timeout=30)
+    url = outcome.deployment.url
+    response = endpoint.client(url).get(f"{url}/health", headers=authorization(), timeout=30)
     health: Json = response.raise_for_status().json()
     return health
 
 
-def _captions(run: Run, outcome: Outcome) -> tuple[list[Json], dict[str, str]]:
+def _captions(run: Run, outcome: Outcome, last: OfModel) -> tuple[list[Json], dict[str, str]]:
     """The final model's captions and answers, and the image of each item that is shown, as a data URL."""
-    suite, sealed = run.recipe.final_suite, outcome.report
+    suite, root = run.recipe.final_suite, store_of(last.sealed.uri)
     held_out = outcome.datasets[suite.mixture.name]
     rows = {row["name"]: row for row in named(index_of(held_out).to_pylist()) if row["num_images"]}
-    measured = {name: read_result(result_of(sealed, name)) for name in suite.benchmarks}
+    measured = {name: read_result(result_of(last.report.benchmarks[name], store=root)) for name in suite.benchmarks}
     answers = {name: [one for one in content.answers if one.item in rows] for name, content in measured.items()}
-    own = {"model": list(outcome.models)[-1], "suite": suite.name, "split": suite.split}
+    own = {"model": last.model, "suite": suite.name, "split": suite.split}
     listed = [{**own, **part} for part in captions(answers, suite.benchmarks)]
     shown = {one["item"]: rows[one["item"]] for part in listed for one in part["shown"]}
     samples = zip(shown, samples_of(held_out, shown.values()), strict=True)
