@@ -60,7 +60,8 @@ class EvalJob(Config):
         if name in self.files:
             inputs, parents = self.settings().model_dump(mode="json"), [self.files[name].digest]
         else:
-            inputs, parents = self.inputs().model_dump(mode="json", exclude={"data"}), [self.inputs().data.digest]
+            read = self.inputs()
+            inputs, parents = read.model_dump(mode="json", exclude={"data"}), [read.data.digest]
         own = benchmark.model_dump(mode="json")
         recipe: dict[str, Any] = {"benchmark": own, "plugin": plugin_of(kind), "inputs": inputs}
         if isinstance(benchmark, OfficialBenchmark) and benchmark.few_shot:

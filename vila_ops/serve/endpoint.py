@@ -5,10 +5,16 @@ import functools
 import httpx
 
 
-@functools.cache
-def client() -> httpx.Client:
-    """One client for all questions of this process: making one takes more CPU than asking.
+def client(url: str) -> httpx.Client:
+    """The client for all questions of this process to such a URL: making one takes more CPU than asking.
 
     No connection is kept, so each question reaches what listens then.
     """
-    return httpx.Client(timeout=5, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    return _client(secure=not url.startswith("http://"))
+
+
+@functools.cache
+def _client(*, secure: bool) -> httpx.Client:
+    """Without TLS, no certificates of authorities are read, which takes most of the time."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(timeout=5, trust_env=False, verify=secure, limits=limits)

@@ -61,7 +61,7 @@ def ask(url: str, image: str, question: str) -> StreamedAnswer:
 
     Raises httpx.HTTPStatusError when refused, and Unreachable where the stream tells an error or ends early.
     """
-    response = endpoint.client().post(
+    response = endpoint.client(url).post(
         f"{url}/v1/chat/completions",
         json={**request(model_name(url), image, question), "store": False},
         headers=authorization(),
@@ -109,7 +109,7 @@ def body(answer: SampleAnswer) -> str:
 
 def model_name(url: str) -> str:
     """The name under which an endpoint serves its model."""
-    listed = endpoint.client().get(f"{url}/v1/models", headers=authorization(), timeout=30)
+    listed = endpoint.client(url).get(f"{url}/v1/models", headers=authorization(), timeout=30)
     name: str = listed.raise_for_status().json()["data"][0]["id"]
     return name
 

@@ -92,7 +92,7 @@ def open_router(track: Track, backend: ServiceBackend) -> str:
 def identities(url: str) -> list[str] | None:
     """Identities that a live endpoint lists; None where no endpoint of ours answers."""
     try:
-        answer = endpoint.client().get(f"{url}/v1/models", headers=authorization())
+        answer = endpoint.client(url).get(f"{url}/v1/models", headers=authorization())
         return [model["identity"] for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
@@ -114,7 +114,7 @@ def _check_golden(track: Track, backend: ServiceBackend) -> None:
     """Ask about the golden image. Raises NotReady unless the model of the spec answers, and as it should."""
     version, golden = track.spec.version, track.spec.service.golden
     try:
-        response = endpoint.client().post(
+        response = endpoint.client(track.url).post(
             f"{track.url}/v1/chat/completions",
             json={"model": version.name, **_question(golden)},
             headers=authorization(),

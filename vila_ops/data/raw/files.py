@@ -359,7 +359,7 @@ class _ScanCache:
 
 
 def _key(path: Path) -> str:
-    return f"digest {path.resolve()}"
+    return f"digest {path.absolute()}"
 
 
 def _is_settled(path: Path) -> bool:

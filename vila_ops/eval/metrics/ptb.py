@@ -71,8 +71,7 @@ _L = r"[^\W\d_²³₂]"  # a letter
 _W = r"[^\W_²³₂]"  # a letter or digit
 _A = "['’]"
 _ENDING = rf"(?i:[smd]|re|ve|ll)(?!{_W})"
-_WORD = re.compile(
-    rf"""
+_WORD = rf"""
       (?P<address>  https?://[^\s<>|()]*[^\s<>|().!?,;:'-] | [\w.-]+@[\w-]+(?:\.[\w-]+)+ )
     | (?P<dotted>   (?: (?i:{_any(_ABBREVIATIONS)}) | {_any(_CAPITALISED)} | (?i:{_any(_NUMBERED)})(?=\.\s*\d)
                       | [A-Za-z](?!\.\s+(?:{_any(_OPENERS)})(?!\S)) | [A-Za-z](?:\.[A-Za-z])+ ) \.(?!{_L}|-\w) )
@@ -89,9 +88,8 @@ _WORD = re.compile(
                   | {_L}{_W}*(?:[.!?]{_L}{_W}*)+(?:\.?-{_W}+)* | {_W}+(?:_+{_W}+)* )
     | (?P<run>      \.\.+ | --+ | \'\' | `` | [!?]{{2,}} | \*+ )
     | (?P<other>    \S )
-    """,
-    re.VERBOSE,
-)
+    """
+"""Verbose. It is compiled at its first use: a run that measures nothing imports this module too."""
 
 
 def has_official_tokenizer() -> bool:
@@ -152,7 +150,7 @@ def tokenize(caption: str) -> tuple[str, ...]:
     caption may change how a final "B." is read; here each caption is read alone.
     """
     words = []
-    for match in _WORD.finditer(caption.translate(_REWRITES)):
+    for match in re.finditer(_WORD, caption.translate(_REWRITES), re.VERBOSE):
         word = match.group()
         if _PUNCTUATION.fullmatch(word):
             continue
