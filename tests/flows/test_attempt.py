@@ -120,3 +120,52 @@ def test_a_second_signal_does_not_interrupt_the_clean_up_after_the_first() -> No
         work()
     assert cleaned
     signal.raise_signal(signal.SIGTERM)  # it has ended: a late one changes nothing
+
+
+class Prefect:
+    """Says that a flow run is cancelled when it is asked for the second time."""
+
+    def __init__(self) -> None:
+        self.asked: list[UUID] = []
+
+    def read_flow_run(self, which: UUID) -> FlowRun:
+        self.asked.append(which)
+        return FlowRun(id=which, flow_id=uuid4(), state=Cancelling() if len(self.asked) > 1 else Running())
+
+
+@pytest.fixture
+def prefect(monkeypatch: pytest.MonkeyPatch) -> Prefect:
+    said = Prefect()
+
+    @contextlib.contextmanager
+    def asking() -> Iterator[Prefect]:
+        yield said
+
+    monkeypatch.setattr(attempt, "_asking", asking)
+    return said
+
+
+@pytest.mark.usefixtures("_tells")
+def test_a_flow_run_that_someone_cancels_is_ended_once_prefect_says_so(
+    prefect: Prefect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "POLL_SECONDS", 0.01)
+    flow_run = uuid4()
+    watchdog = attempt._CancelWatchdog(flow_run)
+
+    def work() -> None:
+        with watchdog:
+            goes_on()
+
+    with pytest.raises(Told):
+        work()
+    assert watchdog.cancelled
+    assert prefect.asked == [flow_run, flow_run]
+
+
+def test_prefect_is_not_asked_about_a_run_that_has_ended_by_then(prefect: Prefect) -> None:
+    with attempt._CancelWatchdog(uuid4()) as watchdog:
+        (thread,) = (one for one in threading.enumerate() if one.name == "cancellation")
+    thread.join(60)
+    assert not watchdog.cancelled
+    assert prefect.asked == []
