@@ -16,6 +16,9 @@ from vila_ops.pipeline import windows
 from vila_ops.pipeline.explain import Step, explain
 from vila_ops.pipeline.run import run_pipeline
 from vila_ops.report import summary
+from vila_ops.report.page import compile_templates
+
+compile_templates()  # each run writes a report; this takes no time of a run's own
 
 
 @flow(name="vila", validate_parameters=True, persist_result=False)

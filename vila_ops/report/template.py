@@ -22,17 +22,19 @@ FILTERS = {
 }
 
 
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= FILTERS
+
+
 def rendered(template: str, **content: Any) -> str:
     """A page of a template. The same content gives the same bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    return environment.get_template(template).render(**content)
+    return TEMPLATES.get_template(template).render(**content)
 
 
 def check_images(images: Iterable[str]) -> None:
