@@ -15,6 +15,16 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 
+def end_node(node: "subprocess.Popen[bytes]") -> None:
+    """End the process of a node, and all that it started."""
+    tree = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
+    for process in tree:
+        process.terminate()
+    for process in psutil.wait_procs(tree, timeout=5)[1]:
+        process.kill()
+    node.wait(10)
+
+
 @contextmanager
 def ray_head(free_ports: Callable[[int], list[int]]) -> Iterator[tuple[str, psutil.Process]]:
     """Address and process of a Ray head without a dashboard, which takes as much CPU as all else of it."""
@@ -34,12 +44,7 @@ def ray_head(free_ports: Callable[[int], list[int]]) -> Iterator[tuple[str, psut
             yield f"127.0.0.1:{ports[0]}", psutil.Process(head.pid)
         finally:
             ray.shutdown()  # a driver that is still connected is ended with its cluster
-            tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-            for process in tree:
-                process.terminate()
-            for process in psutil.wait_procs(tree, timeout=5)[1]:
-                process.kill()
-            head.wait(10)
+            end_node(head)
 
 
 def _await_listener(process: "subprocess.Popen[bytes]", port: int) -> None:

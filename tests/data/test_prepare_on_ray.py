@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
+from tests.ray_head import end_node
 from vila_ops.artifacts.store import read_manifest, verify
 from vila_ops.cluster import connect
 from vila_ops.config import Mixture, Resources
@@ -37,12 +37,7 @@ def node(*arguments: str) -> Iterator[None]:
     try:
         yield
     finally:
-        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in tree:
-            one.terminate()
-        for one in psutil.wait_procs(tree, timeout=5)[1]:
-            one.kill()
-        process.wait(10)
+        end_node(process)
 
 
 @pytest.fixture
